@@ -1,0 +1,309 @@
+"""The whole configuration as typed models. Every key that a user may write is a field here, with its documentation
+under it; ``kinema schema`` and the reference page of the documentation are made from this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    """A table of the TOML file: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    dir: Path = Path("runs/run")
+    """The run directory: everything that the training produces."""
+    seed: int = Field(42, ge=0)
+    """Seed of every random draw (weights of adapters, order, noise, times, dropout)."""
+    deterministic: bool = False
+    """On GPUs: bitwise repeatable kernels. Slower; on CPUs runs repeat to the bit anyway."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads for torch; the default is torch's own choice. Bitwise repeatability needs the same number."""
+
+
+class PartConfig(Section):
+    path: str | None = None
+    """Where this part comes from, if not from `model.path`: a diffusers directory, a hub id, or a single file."""
+    dtype: Dtype | None = None
+    """Storage type of its weights. Default: fp32 for weights that train, else `training.precision`."""
+
+
+class ModelConfig(Section):
+    family: str
+    """The kind of model, for instance `wan`. `kinema models` lists them."""
+    variant: str | None = None
+    """Variant of the family, for instance `t2v-1.3b`; needed when `path` is a single file, else read from it."""
+    path: str | None = None
+    """A diffusers directory, a hub id, or a single checkpoint file in the original or ComfyUI layout."""
+    revision: str | None = None
+    """Revision of a hub id (branch, tag or commit)."""
+    network: PartConfig = PartConfig()
+    """The diffusion network."""
+    autoencoder: PartConfig = PartConfig()
+    """The autoencoder between pixels and latents."""
+    text_encoder: PartConfig = PartConfig()
+    """The text encoder; its tokenizer is looked for beside it."""
+    image_encoder: PartConfig = PartConfig()
+    """The picture encoder of image-to-video variants."""
+    tokenizer: PartConfig = PartConfig()
+    """The tokenizer, where it is not beside the text encoder."""
+    text_length: int | None = Field(None, gt=0)
+    """Tokens of text that the network sees. Default: the family's."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Latents are drawn from the autoencoder's posterior at every use, or its mean is taken."""
+    random_weights: bool = False
+    """Start the network from random weights (its configuration is still read from `path`)."""
+
+
+class AdapterConfig(Section):
+    type: Literal["lora"] = "lora"
+    """Kind of adapter."""
+    rank: int = Field(32, gt=0)
+    """Rank of the two factors."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale numerator: the update is multiplied by alpha / rank. Default: the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] | None = None
+    """Regular expressions over module names, matched from their end; default: the family's."""
+    dtype: Dtype = "fp32"
+    """Storage type of the adapter's weights while it trains."""
+    init_from: Path | None = None
+    """Start from this adapter file (any of the layouts that kinema writes)."""
+
+
+class SourceConfig(Section):
+    path: Path
+    """A folder of pictures and videos with `.txt` captions of the same name."""
+    name: str | None = None
+    """Name in reports; default: the folder's name."""
+
+
+class BucketConfig(Section):
+    """How records are sorted into (frames, height, width)."""
+
+    resolutions: tuple[int, ...] = (512,)
+    """Side lengths of a square with the bucket's area; every record is used at each."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """Explicit (height, width) pairs instead of `resolutions` and aspect ratios."""
+    aspect_buckets: int = Field(7, gt=0)
+    """How many aspect ratios, spaced evenly in their logarithm."""
+    min_aspect: float = Field(0.5, gt=0)
+    """Smallest width / height."""
+    max_aspect: float = Field(2.0, gt=0)
+    """Largest width / height."""
+    frames: tuple[int, ...] = (1, 33)
+    """Clip lengths; a video takes the longest that it fills, a picture takes 1."""
+    fps: float | None = Field(16.0, gt=0)
+    """Videos are resampled to this frame rate."""
+    clip: Literal["head", "middle"] = "middle"
+    """Which stretch of a video is used."""
+
+
+class DataConfig(Section):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Folders of media."""
+    buckets: BucketConfig = BucketConfig()
+    """Sizes and lengths."""
+    missing_caption: Literal["leave_out", "empty"] = "leave_out"
+    """A record without caption is left out and listed, or used with the empty caption."""
+    strict: bool = False
+    """Any record that is left out stops the run before it starts."""
+    cache: Path | None = None
+    """Directory of cached latents and text. Default: `cache` beside the run directory."""
+    workers: int = Field(2, ge=0)
+    """Threads that decode media while encoders run."""
+
+
+class ObjectiveConfig(Section):
+    type: Literal["flow"] = "flow"
+    """What is minimised."""
+    time: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Distribution of t before the shift."""
+    time_scale: float = Field(1.0, gt=0)
+    """Standard deviation of the logit of t for `logit_normal`."""
+    shift: float | Literal["resolution"] | None = None
+    """t <- shift t / (1 + (shift - 1) t); `resolution` grows with the number of tokens; default: the family's."""
+    t_min: float = Field(0.0, ge=0, lt=1)
+    """Lower end of the time range that is trained."""
+    t_max: float = Field(1.0, gt=0, le=1)
+    """Upper end of the time range that is trained."""
+    loss: Literal["mse", "huber"] = "mse"
+    """Error measure; `huber` is the pseudo-Huber loss."""
+    huber_delta: float = Field(0.1, gt=0)
+    """Where pseudo-Huber turns from quadratic to linear."""
+
+
+class OptimizerConfig(Section):
+    type: Literal["adamw", "muon"] = "adamw"
+    """`muon` takes the matrices of the blocks and leaves the rest to AdamW."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; parameters with one dimension have none."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum."""
+    matrix_lr: float | None = Field(None, gt=0)
+    """Learning rate of Muon's matrices, scaled to match AdamW's update size; default: `lr`."""
+
+
+class ScheduleConfig(Section):
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up, down to `final_fraction` of the peak at the last step of the run."""
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """What is left of the peak at the end."""
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.9999, gt=0, lt=1)
+    """Decay per step; early steps use min(decay, (1 + n) / (10 + n))."""
+
+
+class TrainingConfig(Section):
+    steps: int | None = Field(None, gt=0)
+    """Length of the run in optimiser steps. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in passes over the data."""
+    batch_size: int = Field(1, gt=0)
+    """Samples per optimiser step, over all devices."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Samples per forward pass on one device; the rest is accumulated. Default: all of a device's share."""
+    precision: Dtype = "bf16"
+    """Compute type. fp16 uses a dynamic loss scale."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass."""
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    """Share of samples that train with the empty caption."""
+    ema: EmaConfig | None = None
+    """Keep an exponential moving average of the weights; previews, evaluation and exports use it."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.steps and training.epochs")
+        return self
+
+
+class Every(Section):
+    """When something happens. Several may be given; each counts on its own."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Every so many optimiser steps."""
+    every_epochs: float | None = Field(None, gt=0)
+    """Every so many passes over the data."""
+    every_examples: int | None = Field(None, gt=0)
+    """Every so many samples."""
+
+
+class CheckpointConfig(Every):
+    every_minutes: float | None = Field(30, gt=0)
+    """Every so many minutes."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints to keep."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+class ExportConfig(Every):
+    """Weights in the layouts that other tools read; the last step always exports."""
+
+    dtype: Dtype = "bf16"
+    """Type of the saved weights."""
+    layouts: tuple[Literal["diffusers", "comfyui"], ...] = ("diffusers", "comfyui")
+    """`diffusers`: PEFT names, or a diffusers directory for full weights. `comfyui`: one file with
+    `diffusion_model.` names."""
+    keep: int | None = Field(None, gt=0)
+    """Newest exports to keep; default: all."""
+
+
+class EvaluationSetConfig(Section):
+    name: str
+    """Name in the metrics: `{name}/loss_quantile_0.10`."""
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Held-out folders."""
+
+
+class EvaluationConfig(Every):
+    sets: tuple[EvaluationSetConfig, ...] = ()
+    """Held-out sets."""
+    before_first_step: bool = True
+    """Evaluate the weights that the run starts from."""
+    batch_size: int = Field(1, gt=0)
+    """Samples per forward pass on one device."""
+
+
+class PreviewConfig(Every):
+    prompts: tuple[str, ...] = ()
+    """One video or picture is made of each."""
+    images: tuple[Path, ...] = ()
+    """First frames for image-to-video variants, one a prompt."""
+    before_first_step: bool = True
+    """Preview the weights that the run starts from."""
+    negative_prompt: str = ""
+    """What the guidance leads away from."""
+    height: int | None = Field(None, gt=0)
+    """Default: the first bucket's."""
+    width: int | None = Field(None, gt=0)
+    """Default: the first bucket's."""
+    frames: int | None = Field(None, gt=0)
+    """Default: the longest bucket's."""
+    fps: float | None = Field(None, gt=0)
+    """Frame rate of the files. Default: `data.buckets.fps`."""
+    steps: int = Field(30, gt=0)
+    """Sampling steps."""
+    guidance: float = Field(5.0, ge=0)
+    """Classifier-free guidance scale; 1 turns it off."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first preview; the others count up."""
+
+
+class ParallelConfig(Section):
+    dp_replicate: int | Literal["auto"] = "auto"
+    """Copies of the network that share the batch."""
+    dp_shard: int = Field(1, gt=0)
+    """Devices over which each copy's parameters, gradients and optimiser state are sharded (FSDP2)."""
+
+
+class MonitoringConfig(Section):
+    every_steps: int = Field(1, gt=0)
+    """How often a line is written to `metrics.jsonl`."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run directory."""
+    wandb: str | None = None
+    """Weights & Biases project; needs the extra `wandb` and WANDB_API_KEY in the environment."""
+
+
+class Config(Section):
+    """One TOML file."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig | None = None
+    """Train an adapter; without this table the whole network trains."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    preview: PreviewConfig = PreviewConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()

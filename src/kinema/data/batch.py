@@ -1,0 +1,67 @@
+"""What passes between the data system and the layers above it: samples to encode, encodings, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One thing that a family's encoders make of a record, and what its result depends on.
+
+    ``reads`` says what of the record goes in: "media" (the pixels of the clip), "caption", or "both".
+    ``parts`` are the model parts that must be loaded, ``settings`` whatever else changes the result
+    (text length, transform); both are part of the cache key.
+    """
+
+    name: str
+    reads: Literal["media", "caption", "both"]
+    parts: tuple[str, ...]
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an encoder gets: pixels uint8 [C, T, H, W] (None for encodings that read the caption alone)."""
+
+    caption: str
+    pixels: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Samples of one bucket, this rank's share of the global batch of one step.
+
+    ``tensors`` maps the names that the encodings gave to one tensor per sample (lengths may differ, text is stored
+    trimmed). ``indices`` are positions in the global batch: the key of every random draw. ``weights`` are the shares
+    of the samples in the global loss: they sum to 1 over all ranks; a rank without a sample repeats one with weight 0.
+    """
+
+    step: int
+    tensors: dict[str, list[torch.Tensor]]
+    captions: list[str]
+    indices: list[int]
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The batch of these rows: a micro-batch."""
+        return Batch(
+            self.step,
+            {name: [values[i] for i in rows] for name, values in self.tensors.items()},
+            [self.captions[i] for i in rows],
+            [self.indices[i] for i in rows],
+            [self.weights[i] for i in rows],
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        moved = {name: [value.to(device, non_blocking=True) for value in values] for name, values in self.tensors.items()}
+        return Batch(self.step, moved, self.captions, self.indices, self.weights)
