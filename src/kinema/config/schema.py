@@ -182,8 +182,8 @@ class TrainingConfig(Section):
     """Samples per optimiser step, over all devices."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Samples per forward pass on one device; the rest is accumulated. Default: all of a device's share."""
-    precision: Dtype = "bf16"
-    """Compute type. fp16 uses a dynamic loss scale."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute type. `auto`: bf16 where the hardware computes in it, else fp32. fp16 uses a dynamic loss scale."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Largest global gradient norm."""
     activation_checkpointing: bool = False

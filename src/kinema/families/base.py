@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Family(ABC):
     """Height and width of a bucket are multiples of this (autoencoder compression times patch)."""
     frame_stride: int
     """Clip lengths are ``frame_stride * k + 1``."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns that make one token."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -100,6 +103,10 @@ class Family(ABC):
     @abstractmethod
     def prepare(self, batch: Batch) -> Prepared:
         """Stack a batch (already on the device, posteriors already drawn into ``latents``)."""
+
+    def tokens(self, latents: Tensor) -> int:
+        """Length of the sequence that the network makes of one sample of these latents [B, C, T, H, W]."""
+        return math.prod(size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,88 @@
+"""What a run writes about itself: ``metrics.jsonl``, TensorBoard events, optionally Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from kinema.config.schema import MonitoringConfig
+from kinema.errors import UserError
+
+
+class Metrics:
+    """Writes scalars of a step to every place that the configuration names; does nothing off the main rank.
+
+    A resumed run first takes back what an earlier process wrote after the step it resumes from, so that every
+    step stands in the file once.
+    """
+
+    def __init__(
+        self, directory: Path, config: MonitoringConfig, resume_step: int, run_config: dict[str, Any], main: bool
+    ) -> None:
+        self._file = self._tensorboard = self._wandb = None
+        if not main:
+            return
+        path = directory / "metrics.jsonl"
+        _forget_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        if config.wandb is not None:
+            self._wandb = _start_wandb(config.wandb, directory, run_config)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line of ``metrics.jsonl``: ``{"step": step, ...}``. Values that are not finite become null."""
+        if self._file is None:
+            return
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a line that a kill cut short is not one."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _start_wandb(project: str, directory: Path, run_config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "monitoring.wandb needs the package wandb: pip install 'kinema[wandb]', or remove the key."
+        ) from None
+    # The run's own name makes a resumed run go on in the same W&B run.
+    return wandb.init(project=project, id=directory.resolve().name, dir=str(directory), resume="allow", config=run_config)
