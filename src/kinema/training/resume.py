@@ -1,0 +1,137 @@
+"""What a resumed run may change. One table decides; everything not in it may change freely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kinema.errors import UserError
+
+Rule = Literal["refused", "announced", "resets data", "resets optimizer"]
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """How a training starts, from the command line.
+
+    By default it goes on from the newest complete checkpoint of its run directory, if there is one.
+    """
+
+    resume: bool = True
+    """False: begin anew; what the run directory holds is moved into ``previous-N/`` inside it."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint instead of the newest."""
+    weights_from: Path | None = None
+    """Begin anew with the weights of this checkpoint (or of the newest of this run directory)."""
+    reset_data: bool = False
+    """Start the order of the data afresh; needed when the data changed."""
+    reset_optimizer: bool = False
+    """Forget the optimiser's state; needed when the optimiser changed."""
+    reset_lr: bool = False
+    """Start the learning-rate schedule afresh, over the steps that are left."""
+
+
+RULES: dict[str, Rule] = {
+    "model": "refused",
+    "model.text_length": "resets data",
+    "model.posterior": "announced",
+    "model.path": "announced",
+    "model.revision": "refused",
+    "model.network.path": "announced",
+    "model.autoencoder": "resets data",
+    "model.text_encoder": "resets data",
+    "model.image_encoder": "resets data",
+    "model.tokenizer": "resets data",
+    "adapter": "refused",
+    "adapter.dropout": "announced",
+    "adapter.init_from": "announced",
+    "run.seed": "refused",
+    "data": "resets data",
+    "data.cache": "announced",
+    "data.workers": "announced",
+    "data.strict": "announced",
+    "objective": "announced",
+    "training.batch_size": "resets data",
+    "training.steps": "announced",
+    "training.epochs": "announced",
+    "training.ema": "refused",
+    "training.ema.decay": "announced",
+    "training.precision": "announced",
+    "training.clip_norm": "announced",
+    "training.caption_dropout": "announced",
+    "optimizer": "announced",
+    "optimizer.type": "resets optimizer",
+    "schedule": "announced",
+}
+"""Longest matching prefix of a key wins. "refused": needs a new run (``--weights-from`` keeps the weights).
+"resets data" and "resets optimizer": need the flag of that name. "announced": allowed, and printed, because it changes
+the numbers. Keys of no rule (previews, checkpoints, exports, evaluation, monitoring, the parallel plan, micro-batches,
+activation checkpointing) change nothing that is learnt."""
+
+FLAGS = {"resets data": "--reset-data", "resets optimizer": "--reset-optimizer"}
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) -> list[str]:
+    """Announcements for keys that changed between two resolved configurations; UserError listing every key that may
+    not change, each with what would allow it."""
+    announcements, refusals = [], []
+    allowed = {"resets data": options.reset_data, "resets optimizer": options.reset_optimizer}
+    for key, before, after in _differences(old, new):
+        rule = _rule(key)
+        line = f"{key}: {before!r} -> {after!r}"
+        if rule == "refused":
+            refusals.append(f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)")
+        elif rule in FLAGS and not allowed[rule]:
+            refusals.append(f"  {line} (allowed with {FLAGS[rule]})")
+        elif rule is not None:
+            announcements.append(line)
+    if refusals:
+        raise UserError("This run cannot be resumed with a configuration that changes:\n" + "\n".join(refusals))
+    return announcements
+
+
+def check_data(old: str, new: str, options: ResumeOptions) -> None:
+    """Refuse to go on when the records themselves changed, unless the order of the data is reset."""
+    if old != new and not options.reset_data:
+        raise UserError(
+            "The data is not what this run was trained on so far: files or captions were added, removed or edited, so "
+            "the order of the data cannot go on where it stopped. Restore the data, or give --reset-data to begin a "
+            "new pass over what is there now (weights, optimiser and learning rate go on)."
+        )
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move the contents of a run directory into ``previous-N`` inside it; returns that directory, or None if there was
+    nothing to move."""
+    contents = [
+        path for path in directory.iterdir() if not path.name.startswith("previous-")
+    ] if directory.exists() else []
+    if not contents:
+        return None
+    number = 1
+    while (directory / f"previous-{number}").exists():
+        number += 1
+    target = directory / f"previous-{number}"
+    target.mkdir()
+    for path in contents:
+        path.rename(target / path.name)
+    return target
+
+
+def _rule(key: str) -> Rule | None:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        rule = RULES.get(".".join(parts[:length]))
+        if rule is not None:
+            return rule
+    return None
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from kinema.objectives.time import TimeLaw, resolution_shift, shifted
+
+U = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+
+
+def test_logit_normal_quantiles_are_scipys():
+    law = TimeLaw("logit_normal", scale=1.3, shift=1.0)
+    reference = 1 / (1 + np.exp(-1.3 * stats.norm.ppf(U.numpy())))
+    np.testing.assert_allclose(law.quantile(U, 1).numpy(), reference, rtol=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.4])
+def test_a_range_conditions_the_law(distribution, shift):
+    """Quantiles in [t_min, t_max] are the full law's quantiles of the renormalised probability."""
+    full = TimeLaw(distribution, 1.0, shift)
+    part = TimeLaw(distribution, 1.0, shift, t_min=0.3, t_max=0.9)
+    many = full.quantile((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000, 1)
+    inside = many[(many >= 0.3) & (many <= 0.9)]
+    for q in (0.1, 0.5, 0.9):
+        assert part.quantile(torch.tensor(q), 1).item() == pytest.approx(inside.quantile(q).item(), abs=2e-5)
+    assert part.quantile(torch.tensor([0.0, 1.0]), 1).tolist() == pytest.approx([0.3, 0.9], abs=1e-9)
+
+
+def test_shift_maps_the_middle_and_keeps_the_ends():
+    t = shifted(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), 3.0)
+    assert t.tolist() == pytest.approx([0.0, 0.75, 1.0])
+
+
+def test_resolution_shift_has_fluxs_ends():
+    assert resolution_shift(256) == pytest.approx(np.exp(0.5))
+    assert resolution_shift(4096) == pytest.approx(np.exp(1.15))
+    assert TimeLaw("uniform", 1.0, "resolution").quantile(torch.tensor(0.5), 4096).item() == pytest.approx(
+        np.exp(1.15) / (1 + np.exp(1.15))
+    )

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from kinema.config.schema import OptimizerConfig, ScheduleConfig
+from kinema.optim.muon import Muon, orthogonalise
+from kinema.optim.optimizers import build_optimizers, set_lr
+from kinema.optim.schedule import lr_factor
+
+
+def quintic_in_float64(matrix: torch.Tensor) -> torch.Tensor:
+    """The iteration acts on singular values alone: the closed form through the SVD."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / matrix.double().norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
+def test_orthogonalise_acts_on_singular_values(shape):
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    for ours, matrix in zip(orthogonalise(stack), stack, strict=True):
+        torch.testing.assert_close(ours.double(), quintic_in_float64(matrix), atol=2e-5, rtol=0)
+
+
+def test_muon_follows_its_definition_for_twenty_steps():
+    g = torch.Generator().manual_seed(1)
+    weights = [torch.nn.Parameter(torch.randn(6, 10, generator=g)) for _ in range(3)]
+    reference = [w.detach().double().clone() for w in weights]
+    momenta = [torch.zeros_like(w) for w in reference]
+    muon = Muon(weights, lr=0.02, momentum=0.9, weight_decay=0.1)
+    for _ in range(20):
+        gradients = [torch.randn(6, 10, generator=g) for _ in weights]
+        for i, gradient in enumerate(gradients):
+            weights[i].grad = gradient.clone()
+            momenta[i] = 0.9 * momenta[i] + 0.1 * gradient.double()
+            update = quintic_in_float64(0.1 * gradient.double() + 0.9 * momenta[i])
+            reference[i] = reference[i] * (1 - 0.02 * 0.1) - 0.02 * 0.2 * 10**0.5 * update
+        muon.step()
+    for ours, theirs in zip(weights, reference, strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, atol=1e-4, rtol=0)
+
+
+def test_muon_agrees_with_torchs_in_bf16_precision():
+    g = torch.Generator().manual_seed(2)
+    start = torch.randn(16, 24, generator=g)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    a = Muon([ours], lr=0.02, momentum=0.95)
+    b = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        gradient = torch.randn(16, 24, generator=g)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        a.step()
+        b.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() / moved < 0.03
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_taken_once_and_vectors_do_not_decay(kind):
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 1), torch.nn.Linear(4, 8), torch.nn.Linear(8, 8))
+    parameters = dict(net.named_parameters())
+    optimizers = build_optimizers(parameters, {"2.weight"}, OptimizerConfig(type=kind, weight_decay=0.1))
+    taken = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, taken)) == sorted(map(id, parameters.values()))
+    for o in optimizers:
+        for group in o.param_groups:
+            for p in group["params"]:
+                assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
+    muons = [o for o in optimizers if isinstance(o, Muon)]
+    assert [p is parameters["2.weight"] for o in muons for p in o.param_groups[0]["params"]] == [True] * (kind == "muon")
+    assert set_lr(optimizers, 0.5) == pytest.approx(0.5e-4)
+
+
+def test_learning_rate_over_the_real_horizon():
+    config = ScheduleConfig(warmup_steps=4, decay="linear", final_fraction=0.1)
+    factors = [lr_factor(config, step, 105) for step in range(105)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[54] == pytest.approx(0.55)
+    assert factors[-1] == pytest.approx(0.1)
+    cosine = ScheduleConfig(warmup_steps=4, decay="cosine")
+    assert lr_factor(cosine, 54, 105) == pytest.approx(0.5)
+    assert lr_factor(cosine, 104, 105) == pytest.approx(0.0, abs=1e-12)
+    assert lr_factor(ScheduleConfig(), 0, 10) == 1.0
