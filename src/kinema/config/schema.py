@@ -1,37 +1,62 @@
-"""The whole configuration as typed models. Every key that a user may write is a field here, with its documentation
-under it; ``kinema schema`` and the reference page of the documentation are made from this file."""
+"""The whole configuration as typed models.
+
+Every key that a user may write is a field here, with its documentation under it; ``kinema schema`` and the
+reference page of the documentation are made from this file.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _expand_home(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _expand_home_text(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Positive = Field(gt=0)
+Count = Annotated[int, Field(gt=0)]
+UserPath = Annotated[Path, AfterValidator(_expand_home)]
+"""A path on this machine: relative to the current directory, `~` is the home directory."""
+PathOrHub = Annotated[str, AfterValidator(_expand_home_text)]
+"""A path on this machine, or an id on the hub."""
 
 
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+def _refuse(key: str, message: str) -> PydanticCustomError:
+    """The error of a validator that looks at several keys; the loader reports it at the line of ``key``."""
+    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
 
 
 class RunConfig(Section):
-    dir: Path = Path("runs/run")
+    dir: UserPath = Path("runs/run")
     """The run directory: everything that the training produces."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     """Seed of every random draw (weights of adapters, order, noise, times, dropout)."""
     deterministic: bool = False
     """On GPUs: bitwise repeatable kernels. Slower; on CPUs runs repeat to the bit anyway."""
-    threads: int | None = Field(None, gt=0)
-    """CPU threads for torch; the default is torch's own choice. Bitwise repeatability needs the same number."""
+    threads: int | None = Field(default=None, gt=0)
+    """CPU threads for torch. Default: torch's own choice. Bitwise repeatability needs the same number."""
 
 
 class PartConfig(Section):
-    path: str | None = None
-    """Where this part comes from, if not from `model.path`: a diffusers directory, a hub id, or a single file."""
+    path: PathOrHub | None = None
+    """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, or a single file."""
     dtype: Dtype | None = None
     """Storage type of its weights. Default: fp32 for weights that train, else `training.precision`."""
 
@@ -40,8 +65,8 @@ class ModelConfig(Section):
     family: str
     """The kind of model, for instance `wan`. `kinema models` lists them."""
     variant: str | None = None
-    """Variant of the family, for instance `t2v-1.3b`; needed when `path` is a single file, else read from it."""
-    path: str | None = None
+    """Variant of the family, such as `t2v-1.3b`. Needed if `path` is a single file, else read from it."""
+    path: PathOrHub | None = None
     """A diffusers directory, a hub id, or a single checkpoint file in the original or ComfyUI layout."""
     revision: str | None = None
     """Revision of a hub id (branch, tag or commit)."""
@@ -55,7 +80,7 @@ class ModelConfig(Section):
     """The picture encoder of image-to-video variants."""
     tokenizer: PartConfig = PartConfig()
     """The tokenizer, where it is not beside the text encoder."""
-    text_length: int | None = Field(None, gt=0)
+    text_length: int | None = Field(default=None, gt=0)
     """Tokens of text that the network sees. Default: the family's."""
     posterior: Literal["sample", "mean"] = "sample"
     """Latents are drawn from the autoencoder's posterior at every use, or its mean is taken."""
@@ -66,22 +91,31 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
-    rank: int = Field(32, gt=0)
+    rank: int = Field(default=32, gt=0)
     """Rank of the two factors."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(default=None, gt=0)
     """Scale numerator: the update is multiplied by alpha / rank. Default: the rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: tuple[str, ...] | None = None
     """Regular expressions over module names, matched from their end; default: the family's."""
     dtype: Dtype = "fp32"
     """Storage type of the adapter's weights while it trains."""
-    init_from: Path | None = None
+    init_from: UserPath | None = None
     """Start from this adapter file (any of the layouts that kinema writes)."""
+
+    @model_validator(mode="after")
+    def _targets_are_patterns(self) -> AdapterConfig:
+        for target in self.targets or ():
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise _refuse("targets", f"'{target}' is no regular expression: {error}") from None
+        return self
 
 
 class SourceConfig(Section):
-    path: Path
+    path: UserPath
     """A folder of pictures and videos with `.txt` captions of the same name."""
     name: str | None = None
     """Name in reports; default: the folder's name."""
@@ -90,22 +124,34 @@ class SourceConfig(Section):
 class BucketConfig(Section):
     """How records are sorted into (frames, height, width)."""
 
-    resolutions: tuple[int, ...] = (512,)
+    resolutions: tuple[Count, ...] = Field(default=(512,), min_length=1)
     """Side lengths of a square with the bucket's area; every record is used at each."""
-    sizes: tuple[tuple[int, int], ...] | None = None
+    sizes: tuple[tuple[Count, Count], ...] | None = Field(default=None, min_length=1)
     """Explicit (height, width) pairs instead of `resolutions` and aspect ratios."""
-    aspect_buckets: int = Field(7, gt=0)
+    aspect_buckets: int = Field(default=7, gt=0)
     """How many aspect ratios, spaced evenly in their logarithm."""
-    min_aspect: float = Field(0.5, gt=0)
+    min_aspect: float = Field(default=0.5, gt=0)
     """Smallest width / height."""
-    max_aspect: float = Field(2.0, gt=0)
+    max_aspect: float = Field(default=2.0, gt=0)
     """Largest width / height."""
-    frames: tuple[int, ...] = (1, 33)
+    frames: tuple[Count, ...] = Field(default=(1, 33), min_length=1)
     """Clip lengths; a video takes the longest that it fills, a picture takes 1."""
-    fps: float | None = Field(16.0, gt=0)
+    fps: float | None = Field(default=16.0, gt=0)
     """Videos are resampled to this frame rate."""
     clip: Literal["head", "middle"] = "middle"
     """Which stretch of a video is used."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> BucketConfig:
+        if self.min_aspect > self.max_aspect:
+            raise _refuse("min_aspect", f"{self.min_aspect} is above max_aspect = {self.max_aspect}")
+        for key, values in (("resolutions", self.resolutions), ("sizes", self.sizes or ())):
+            if len(set(values)) < len(values):
+                raise _refuse(key, "each may be given once, a repeated one would count its records twice")
+        if list(self.frames) != sorted(set(self.frames)):
+            right = ", ".join(str(count) for count in sorted(set(self.frames)))
+            raise _refuse("frames", f"give each length once, the shortest first: [{right}]")
+        return self
 
 
 class DataConfig(Section):
@@ -117,9 +163,9 @@ class DataConfig(Section):
     """A record without caption is left out and listed, or used with the empty caption."""
     strict: bool = False
     """Any record that is left out stops the run before it starts."""
-    cache: Path | None = None
+    cache: UserPath | None = None
     """Directory of cached latents and text. Default: `cache` beside the run directory."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     """Threads that decode media while encoders run."""
 
 
@@ -128,93 +174,112 @@ class ObjectiveConfig(Section):
     """What is minimised."""
     time: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution of t before the shift."""
-    time_scale: float = Field(1.0, gt=0)
+    time_scale: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit of t for `logit_normal`."""
-    shift: float | Literal["resolution"] | None = None
-    """t <- shift t / (1 + (shift - 1) t); `resolution` grows with the number of tokens; default: the family's."""
-    t_min: float = Field(0.0, ge=0, lt=1)
+    shift: Annotated[float, Field(gt=0)] | Literal["resolution"] | None = None
+    """t <- shift t / (1 + (shift - 1) t); `resolution`: grows with the tokens. Default: the family's."""
+    t_min: float = Field(default=0.0, ge=0, lt=1)
     """Lower end of the time range that is trained."""
-    t_max: float = Field(1.0, gt=0, le=1)
+    t_max: float = Field(default=1.0, gt=0, le=1)
     """Upper end of the time range that is trained."""
     loss: Literal["mse", "huber"] = "mse"
     """Error measure; `huber` is the pseudo-Huber loss."""
-    huber_delta: float = Field(0.1, gt=0)
+    huber_delta: float = Field(default=0.1, gt=0)
     """Where pseudo-Huber turns from quadratic to linear."""
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> ObjectiveConfig:
+        if self.t_min >= self.t_max:
+            raise _refuse("t_min", f"{self.t_min} is not below t_max = {self.t_max}")
+        return self
 
 
 class OptimizerConfig(Section):
     type: Literal["adamw", "muon"] = "adamw"
     """`muon` takes the matrices of the blocks and leaves the rest to AdamW."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """AdamW's decay rates."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay; parameters with one dimension have none."""
-    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     """Muon's momentum."""
-    matrix_lr: float | None = Field(None, gt=0)
+    matrix_lr: float | None = Field(default=None, gt=0)
     """Learning rate of Muon's matrices, scaled to match AdamW's update size; default: `lr`."""
+
+    @model_validator(mode="after")
+    def _matrix_lr_is_muons(self) -> OptimizerConfig:
+        if self.matrix_lr is not None and self.type != "muon":
+            raise _refuse("matrix_lr", f'only type = "muon" has it, and type is "{self.type}"')
+        return self
 
 
 class ScheduleConfig(Section):
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape after the warm-up, down to `final_fraction` of the peak at the last step of the run."""
-    final_fraction: float = Field(0.0, ge=0, le=1)
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
     """What is left of the peak at the end."""
 
 
 class EmaConfig(Section):
-    decay: float = Field(0.9999, gt=0, lt=1)
+    decay: float = Field(default=0.9999, gt=0, lt=1)
     """Decay per step; early steps use min(decay, (1 + n) / (10 + n))."""
 
 
 class TrainingConfig(Section):
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Length of the run in optimiser steps. Give this or `epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Length of the run in passes over the data."""
-    batch_size: int = Field(1, gt=0)
+    batch_size: int = Field(default=1, gt=0)
     """Samples per optimiser step, over all devices."""
-    micro_batch_size: int | None = Field(None, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
     """Samples per forward pass on one device; the rest is accumulated. Default: all of a device's share."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute type. `auto`: bf16 where the hardware computes in it, else fp32. fp16 uses a dynamic loss scale."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    """Compute type. `auto`: bf16 where the hardware computes in it, else fp32. fp16 scales the loss."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
-    caption_dropout: float = Field(0.0, ge=0, le=1)
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of samples that train with the empty caption."""
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the weights; previews, evaluation and exports use it."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of training.steps and training.epochs")
+    def _agree(self) -> TrainingConfig:
+        if self.steps is None and self.epochs is None:
+            raise _refuse("", "how long? Give training.steps or training.epochs")
+        if self.steps is not None and self.epochs is not None:
+            way_out = "on the command line, the value none sets one aside: --training.steps none"
+            raise _refuse("epochs", f"give either training.steps or training.epochs, not both; {way_out}")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise _refuse(
+                "micro_batch_size", f"{self.micro_batch_size} is above batch_size = {self.batch_size}"
+            )
         return self
 
 
 class Every(Section):
     """When something happens. Several may be given; each counts on its own."""
 
-    every_steps: int | None = Field(None, gt=0)
+    every_steps: int | None = Field(default=None, gt=0)
     """Every so many optimiser steps."""
-    every_epochs: float | None = Field(None, gt=0)
+    every_epochs: float | None = Field(default=None, gt=0)
     """Every so many passes over the data."""
-    every_examples: int | None = Field(None, gt=0)
+    every_examples: int | None = Field(default=None, gt=0)
     """Every so many samples."""
 
 
 class CheckpointConfig(Every):
-    every_minutes: float | None = Field(30, gt=0)
+    every_minutes: float | None = Field(default=30, gt=0)
     """Every so many minutes."""
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
     """Newest checkpoints to keep."""
     asynchronous: bool = True
     """Write while training goes on."""
@@ -228,12 +293,12 @@ class ExportConfig(Every):
     layouts: tuple[Literal["diffusers", "comfyui"], ...] = ("diffusers", "comfyui")
     """`diffusers`: PEFT names, or a diffusers directory for full weights. `comfyui`: one file with
     `diffusion_model.` names."""
-    keep: int | None = Field(None, gt=0)
+    keep: int | None = Field(default=None, gt=0)
     """Newest exports to keep; default: all."""
 
 
 class EvaluationSetConfig(Section):
-    name: str
+    name: str = Field(min_length=1)
     """Name in the metrics: `{name}/loss_quantile_0.10`."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Held-out folders."""
@@ -244,44 +309,60 @@ class EvaluationConfig(Every):
     """Held-out sets."""
     before_first_step: bool = True
     """Evaluate the weights that the run starts from."""
-    batch_size: int = Field(1, gt=0)
+    batch_size: int = Field(default=1, gt=0)
     """Samples per forward pass on one device."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluationConfig:
+        names = [one.name for one in self.sets]
+        for name in names:
+            if names.count(name) > 1:
+                raise _refuse("sets", f"two sets are called '{name}', their metrics would be mixed up")
+        return self
 
 
 class PreviewConfig(Every):
     prompts: tuple[str, ...] = ()
     """One video or picture is made of each."""
-    images: tuple[Path, ...] = ()
+    images: tuple[UserPath, ...] = ()
     """First frames for image-to-video variants, one a prompt."""
     before_first_step: bool = True
     """Preview the weights that the run starts from."""
     negative_prompt: str = ""
     """What the guidance leads away from."""
-    height: int | None = Field(None, gt=0)
+    height: int | None = Field(default=None, gt=0)
     """Default: the first bucket's."""
-    width: int | None = Field(None, gt=0)
+    width: int | None = Field(default=None, gt=0)
     """Default: the first bucket's."""
-    frames: int | None = Field(None, gt=0)
+    frames: int | None = Field(default=None, gt=0)
     """Default: the longest bucket's."""
-    fps: float | None = Field(None, gt=0)
+    fps: float | None = Field(default=None, gt=0)
     """Frame rate of the files. Default: `data.buckets.fps`."""
-    steps: int = Field(30, gt=0)
+    steps: int = Field(default=30, gt=0)
     """Sampling steps."""
-    guidance: float = Field(5.0, ge=0)
+    guidance: float = Field(default=5.0, ge=0)
     """Classifier-free guidance scale; 1 turns it off."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the first preview; the others count up."""
+
+    @model_validator(mode="after")
+    def _one_image_a_prompt(self) -> PreviewConfig:
+        if self.images and len(self.images) != len(self.prompts):
+            raise _refuse(
+                "images", f"one a prompt: there are {len(self.images)} images and {len(self.prompts)} prompts"
+            )
+        return self
 
 
 class ParallelConfig(Section):
-    dp_replicate: int | Literal["auto"] = "auto"
+    dp_replicate: Count | Literal["auto"] = "auto"
     """Copies of the network that share the batch."""
-    dp_shard: int = Field(1, gt=0)
+    dp_shard: int = Field(default=1, gt=0)
     """Devices over which each copy's parameters, gradients and optimiser state are sharded (FSDP2)."""
 
 
 class MonitoringConfig(Section):
-    every_steps: int = Field(1, gt=0)
+    every_steps: int = Field(default=1, gt=0)
     """How often a line is written to `metrics.jsonl`."""
     tensorboard: bool = True
     """Write TensorBoard events to the run directory."""
