@@ -1,0 +1,56 @@
+"""Names of weights in different layouts, as tables that read both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class NameMap:
+    """A one-to-one table of module or parameter paths between two layouts.
+
+    A pair such as ``("blocks.{}.attn1.to_q", "blocks.{}.self_attn.q")`` renames everything at or below that
+    path, so that ``.weight``, ``.lora_A.weight`` and ``.alpha`` all follow; ``{}`` stands for an index. Where
+    several pairs match, the longest wins.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        pairs = sorted(pairs, key=lambda pair: -len(pair[0]))
+        self._to = [(_pattern(ours), theirs) for ours, theirs in pairs]
+        pairs.sort(key=lambda pair: -len(pair[1]))
+        self._from = [(_pattern(theirs), ours) for ours, theirs in pairs]
+
+    def rename(self, name: str) -> str | None:
+        """The name in the second layout; None if the table does not know it."""
+        return _rename(name, self._to)
+
+    def restore(self, name: str) -> str | None:
+        """The name in the first layout; None if the table does not know it."""
+        return _rename(name, self._from)
+
+    def rename_all(self, state: Mapping[str, T]) -> dict[str, T]:
+        """Values under their names in the second layout; KeyError for a name that the table does not know."""
+        renamed = {name: self.rename(name) for name in state}
+        unknown = [name for name, new in renamed.items() if new is None]
+        if unknown:
+            raise KeyError(f"no name in the other layout for {', '.join(unknown[:3])}")
+        return {new: state[name] for name, new in renamed.items() if new is not None}
+
+    def restore_all(self, state: Mapping[str, T]) -> dict[str, T]:
+        """Values under their names in the first layout; a name that the table does not know is kept."""
+        return {self.restore(name) or name: value for name, value in state.items()}
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"(\..*)?", re.DOTALL)
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, new in rules:
+        if match := pattern.fullmatch(name):
+            *indices, rest = match.groups()
+            return new.format(*indices) + (rest or "")
+    return None
