@@ -1,4 +1,4 @@
-"""Batch order: every item exactly once an epoch, in batches of one bucket; the same on any number of ranks."""
+"""Batch order: every item exactly once an epoch, in batches of one bucket, on any number of ranks."""
 
 import random
 import subprocess

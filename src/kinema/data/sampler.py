@@ -25,8 +25,8 @@ class _Epoch:
 class BatchOrder:
     """Which items make up the global batch of each step.
 
-    Every epoch is a new shuffle in which each item comes exactly once. A batch holds items of one bucket; what is
-    left of a bucket forms a smaller batch. The batches of all buckets are shuffled together.
+    Every epoch is a new shuffle in which each item comes exactly once. A batch holds items of one bucket; what
+    is left of a bucket forms a smaller batch. The batches of all buckets are shuffled together.
 
     >>> order = BatchOrder([0, 0, 0, 1, 1], batch_size=2, seed=7)
     >>> order.steps_per_epoch
@@ -86,8 +86,9 @@ class BatchOrder:
 def rank_share(n: int, rank: int, size: int) -> tuple[list[int], list[float]]:
     """A data-parallel rank's positions in a global batch of ``n``, and their weights in the global loss.
 
-    The positions are a contiguous slice, the weights 1/n; over all ranks the slices are disjoint, cover the batch
-    and their weights sum to 1. A rank without samples repeats one with weight 0: it has to take part in collectives.
+    The positions are a contiguous slice, the weights 1/n; over all ranks the slices are disjoint, cover the
+    batch, and their weights sum to 1. A rank without samples repeats one with weight 0, to take part in
+    collectives.
     """
     assert n > 0 and 0 <= rank < size
     low, high = n * rank // size, n * (rank + 1) // size
