@@ -31,8 +31,9 @@ class MediaError(UserError):
 class Record:
     """One row of a source: a media file and its caption.
 
-    ``kind`` is what the file's name promises; `probe` says what the file is. ``source`` names where the record
-    comes from. ``extras`` carries whatever else the row has (mask, control pictures, scores) by name.
+    ``kind`` is what the file's name promises; `probe` says what the file is. ``source`` names where the
+    record comes from. ``extras`` carries whatever else the row has (mask, control pictures, scores) by
+    name.
     """
 
     path: Path
