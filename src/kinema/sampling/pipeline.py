@@ -1,0 +1,271 @@
+"""Samples through a family's diffusers pipeline: the settings of a sample, and the calls that draw it.
+
+What comes out is what the pipeline itself gives for the same noise. Around it: noise from a CPU generator keyed by the
+sample's seed alone, so that neither the device nor the rest of the batch matters; each distinct text encoded once and
+alone, so that its embedding does not depend on the batch either; text encoders on the device only while they work.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from torch import Tensor, nn
+
+BATCH_PIXELS = 2**20
+"""Pixels, over all frames, that one pipeline call draws at most, where that is more than one sample: small samples
+share a call (eight clips of 17 x 64 x 64 keep two CPU cores busier than one), large ones gain nothing."""
+BATCH_LIMIT = 16
+
+OnStep = Callable[[Sequence[int], int, int], None]
+"""Called with (positions of the samples in the list, steps done, steps in all) after every denoising step."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Everything that decides what one sample looks like, given the weights."""
+
+    prompt: str
+    height: int
+    width: int
+    frames: int
+    steps: int = 30
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 turns it off."""
+    seed: int = 0
+    negative: str = ""
+    image: Path | None = None
+    """First frame, for image-to-video; scaled to cover the sample's size and cropped at the centre."""
+    shift: float | None = None
+    """Time shift of the schedule; None leaves the pipeline's scheduler as it is."""
+    text_length: int | None = None
+    """Tokens of text that the network sees; None is the pipeline's own default."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as they are stored in a file's metadata."""
+        return {**asdict(self), "image": None if self.image is None else str(self.image)}
+
+    @property
+    def call(self) -> tuple[Any, ...]:
+        """What samples that share a pipeline call must have in common."""
+        return (self.height, self.width, self.frames, self.steps, self.guidance, self.image, self.shift, self.text_length)
+
+
+def sample_one(
+    pipeline: Any, settings: SampleSettings, device: torch.device | str = "cpu", on_step: OnStep | None = None
+) -> Tensor:
+    """One sample: pixels in [-1, 1], float32 [C, T, H, W] on the CPU. See `sample_many`."""
+    return next(sample_many(pipeline, [settings], device, on_step))
+
+
+def sample_many(
+    pipeline: Any,
+    settings: Sequence[SampleSettings],
+    device: torch.device | str = "cpu",
+    on_step: OnStep | None = None,
+    batch: int | None = None,
+) -> Iterator[Tensor]:
+    """Samples in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
+
+    Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
+    `BATCH_PIXELS` allows). The network must be on ``device``; text encoders are moved there for their turn, the
+    other parts for the length of the sampling, and all of them back to where they were.
+    """
+    groups = _groups(settings, batch)
+    texts = _Texts(pipeline, device)
+    with _on_device(_text_encoders(pipeline), device):
+        texts.encode(settings)
+    held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
+    with _on_device(held, device):
+        for group in groups:
+            members = [settings[i] for i in group]
+            arguments = _arguments(pipeline, members) | texts.arguments(members)
+            if on_step is not None and "callback_on_step_end" in _parameters(pipeline):
+                arguments["callback_on_step_end"] = _reporter(on_step, group, members[0].steps)
+            with _schedule(pipeline, members[0].shift):
+                drawn = pipeline(**arguments)[0]
+            for pixels in drawn:  # [T, C, H, W] of a video, [C, H, W] of a picture, in [0, 1]
+                video = pixels.permute(1, 0, 2, 3) if pixels.ndim == 4 else pixels[:, None]
+                yield video.float().cpu() * 2 - 1
+
+
+def _groups(settings: Sequence[SampleSettings], batch: int | None) -> list[list[int]]:
+    """Positions of the samples of each pipeline call."""
+    groups: list[list[int]] = []
+    for i, one in enumerate(settings):
+        size = batch or max(1, min(BATCH_LIMIT, BATCH_PIXELS // (one.height * one.width * one.frames)))
+        if groups and len(groups[-1]) < size and settings[groups[-1][0]].call == one.call:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def takes_image(pipeline_class: type) -> bool:
+    """Whether the pipeline starts from a picture."""
+    return "image" in inspect.signature(pipeline_class.__call__).parameters  # type: ignore[operator]
+
+
+def _arguments(pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, Any]:
+    """The call's arguments, but for the text: those of ours that the pipeline's signature knows."""
+    import torch
+
+    first, known = members[0], _parameters(pipeline)
+    arguments: dict[str, Any] = {
+        "height": first.height,
+        "width": first.width,
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance,
+        "generator": [torch.Generator("cpu").manual_seed(one.seed) for one in members],
+        "output_type": "pt",
+        "return_dict": False,
+    }
+    if "num_frames" in known:
+        arguments["num_frames"] = first.frames
+    if first.image is not None:
+        arguments["image"] = first_frame(first.image, first.height, first.width)
+    if first.text_length is not None:
+        arguments["max_sequence_length"] = first.text_length
+    unknown = sorted(set(arguments) - set(known))
+    assert not unknown, f"{type(pipeline).__name__} takes no {', '.join(unknown)}"
+    return arguments
+
+
+def first_frame(path: Path, height: int, width: int) -> Image.Image:
+    """The picture at the sample's size, by the transform that training clips go through."""
+    from PIL import Image
+
+    from kinema.data.media import Clip, Transform, decode_clip
+
+    pixels = decode_clip(path, Clip(start=0, frames=1, fps=1.0), Transform(height, width))
+    return Image.fromarray(pixels[:, 0].transpose(1, 2, 0))
+
+
+def _reporter(on_step: OnStep, group: list[int], steps: int) -> Callable[..., dict[str, Any]]:
+    def report(_pipeline: Any, index: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(group, index + 1, steps)
+        return {}
+
+    return report
+
+
+class _Texts:
+    """Embeddings of texts, each encoded once and alone.
+
+    ``apart``: whether the pipeline's text can be encoded apart from its call. That is so where the call takes an
+    embedding for the prompt and one for the negative prompt and nothing besides; other pipelines get the words.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device | str) -> None:
+        known = _parameters(pipeline)
+        of_text = {name for name in known if "prompt" in name and ("embeds" in name or "mask" in name)}
+        self.pipeline, self.device = pipeline, device
+        self.apart = of_text == {"prompt_embeds", "negative_prompt_embeds"}
+        self.has_negative = "negative_prompt" in known
+        length = known.get("max_sequence_length")
+        # the call's default: encode_prompt may have another one
+        self.default_length: int | None = None if length is None else length.default
+        self.found: dict[tuple[str, int | None], Tensor] = {}
+
+    def encode(self, settings: Sequence[SampleSettings]) -> None:
+        """Encode the texts of these samples that are not known yet, if that can be done apart."""
+        if not self.apart:
+            return
+        for one in settings:
+            for text in (one.prompt, one.negative) if one.guidance > 1 else (one.prompt,):
+                key = (text, one.text_length or self.default_length)
+                if key not in self.found:
+                    self.found[key] = self._encode(*key)
+
+    def _encode(self, text: str, length: int | None) -> Tensor:
+        """[1, tokens, channels]"""
+        import torch
+
+        extra = {} if length is None else {"max_sequence_length": length}
+        with torch.no_grad():
+            embedding, _ = self.pipeline.encode_prompt(
+                prompt=text, do_classifier_free_guidance=False, device=torch.device(self.device), **extra
+            )
+        return embedding
+
+    def arguments(self, members: Sequence[SampleSettings]) -> dict[str, Any]:
+        """The call's arguments that tell it the text."""
+        import torch
+
+        guided = members[0].guidance > 1
+        if not self.apart:
+            negative = {"negative_prompt": [one.negative for one in members]} if guided and self.has_negative else {}
+            return {"prompt": [one.prompt for one in members], **negative}
+        length = members[0].text_length or self.default_length
+        arguments = {"prompt_embeds": torch.cat([self.found[one.prompt, length] for one in members])}
+        if guided:
+            arguments["negative_prompt_embeds"] = torch.cat([self.found[one.negative, length] for one in members])
+        return arguments
+
+
+def _text_encoders(pipeline: Any) -> list[nn.Module]:
+    return [part for name, part in _modules(pipeline) if name.startswith("text_encoder")]
+
+
+def _other_parts(pipeline: Any) -> list[nn.Module]:
+    """All but text encoders and networks: the autoencoder, picture encoders."""
+    away = ("text_encoder", "transformer", "unet")
+    return [part for name, part in _modules(pipeline) if not name.startswith(away)]
+
+
+def _modules(pipeline: Any) -> list[tuple[str, nn.Module]]:
+    from torch import nn
+
+    return [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+
+
+@contextmanager
+def _on_device(parts: list[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """The parts on ``device``, and afterwards back where they were; no copy where they are there already."""
+    import torch
+
+    before = [next((p.device for p in part.parameters()), torch.device(device)) for part in parts]
+    for part in parts:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part, place in zip(parts, before, strict=True):
+            part.to(place)
+        if any(place != torch.device(device) for place in before) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _schedule(pipeline: Any, shift: float | None) -> Iterator[None]:
+    """The pipeline with another time shift, for one call."""
+    scheduler = pipeline.scheduler
+    if shift is not None:
+        pipeline.scheduler = shifted(scheduler, shift)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = scheduler
+
+
+def shifted(scheduler: Any, shift: float) -> Any:
+    """The same kind of scheduler with t <- shift t / (1 + (shift - 1) t) at every resolution."""
+    config = scheduler.config
+    key = next((key for key in ("flow_shift", "shift") if key in config), None)
+    if key is None:
+        raise UserError(f"--shift: {type(scheduler).__name__} has no time shift; leave the option away.")
+    fixed = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {}
+    return type(scheduler).from_config(config, **{key: shift}, **fixed)
