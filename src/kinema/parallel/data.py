@@ -1,0 +1,185 @@
+"""Data parallel training: every rank takes its slice of the global batch, gradients are summed over ranks.
+
+The weights of the samples in the loss already sum to 1 over all ranks, hence sums and never means.
+
+``dp_shard`` > 1: torch's FSDP2, one group of parameters per block and one for the rest. Every group is resharded after
+its forward: between two passes parameters are always the sharded ones, which EMA, optimiser and checkpoint work on.
+Micro-batches before the last are reduce-scattered too (whole gradients kept until the last would cost what sharding
+saved); the all-reduce between replicas waits for the last.
+
+``dp_shard`` == 1: parameters are replicated, and gradients all-reduced in buckets as the last backward pass completes
+them. DDP would do the same, but it prefixes every parameter's name, wants each forward pass to go through its
+wrapper and be followed by one backward pass (distillation and adapters break both), and has rules for activation
+checkpointing; hooks on the parameters have none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kinema.errors import UserError
+from kinema.parallel.mesh import World
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are reduced in pieces of about this size (DDP's default)."""
+
+_reducers: WeakKeyDictionary[nn.Module, GradientReducer] = WeakKeyDictionary()
+
+
+def shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
+    """Lay a network over the ranks, in place; afterwards it is on ``world.device``.
+
+    Call it after adapters and activation checkpointing, before the optimiser and the EMA are made: with
+    ``dp_shard`` > 1 its parameters become DTensors. It may still be on the CPU: blocks move one at a time.
+    ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others. Parameters of one group
+    that train must have one dtype. UserError if the ranks hold different weights.
+    """
+    if world.size > 1:
+        _check_equal_weights(network, world)
+    if world.dp_shard > 1:
+        _fully_shard(network, blocks, world)
+    else:
+        network.to(world.device)
+        if world.size > 1:
+            _reducers[network] = GradientReducer(p for p in network.parameters() if p.requires_grad)
+
+
+@contextmanager
+def accumulate(network: nn.Module, last: bool = True) -> Iterator[None]:
+    """Run one micro-batch, forward and backward, inside this context; ``last`` is True for the last one of a step.
+
+    After the last, every parameter's ``grad`` is the sum over micro-batches and ranks. One backward pass a context.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    reducer = _reducers.get(network)
+    if isinstance(network, FSDPModule):
+        network.set_requires_all_reduce(last)
+        yield
+    elif reducer is not None and last:
+        with reducer.reducing():
+            yield
+    else:
+        yield
+
+
+class GradientReducer:
+    """Sums the gradients of replicated parameters over all ranks, overlapping with the backward pass.
+
+    Parameters are bucketed in reverse order of definition, about the order in which gradients appear. A bucket is
+    sent when its last gradient is there and all buckets before it are sent, so all ranks send in the same order. Each
+    bucket ends with one flag a parameter, whether this rank has a gradient: a parameter that no rank used keeps
+    ``grad`` None, one that some ranks used counts as zero on the others.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.buckets: list[list[nn.Parameter]] = []
+        self._bucket_of: dict[nn.Parameter, int] = {}
+        self._active = False
+        self._missing: list[int] = []
+        self._sent: list[tuple[Tensor, Any]] = []
+        filled: dict[Any, tuple[int, int]] = {}  # (dtype, device) -> its open bucket and that one's bytes
+        for parameter in reversed(list(parameters)):
+            kind, size = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
+            index, used = filled.get(kind, (-1, bucket_bytes))
+            if used + size > bucket_bytes:
+                index, used = len(self.buckets), 0
+                self.buckets.append([])
+            self.buckets[index].append(parameter)
+            self._bucket_of[parameter] = index
+            filled[kind] = (index, used + size)
+            parameter.register_post_accumulate_grad_hook(self._gradient_ready)
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """Reduce during the one backward pass inside; on leaving, all gradients are summed."""
+        self._missing = [len(bucket) for bucket in self.buckets]
+        self._sent = []
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+        while len(self._sent) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self._sent, strict=True):
+            work.wait()
+            self._drop_unused(bucket, flat)
+        self._sent = []
+
+    def _gradient_ready(self, parameter: nn.Parameter) -> None:
+        if not self._active:
+            return
+        index = self._bucket_of[parameter]
+        assert index >= len(self._sent), "a second backward pass inside one accumulate() context"
+        self._missing[index] -= 1
+        while len(self._sent) < len(self.buckets) and self._missing[len(self._sent)] <= 0:
+            self._send()
+
+    def _send(self) -> None:
+        """Start the next bucket's all-reduce; its gradients become views of the flat buffer that is reduced."""
+        bucket = self.buckets[len(self._sent)]
+        flags = torch.tensor([float(p.grad is not None) for p in bucket], dtype=bucket[0].dtype)
+        pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
+        flat = torch.cat([*pieces, flags.to(bucket[0].device, non_blocking=True)])
+        offset = 0
+        for parameter in bucket:
+            if parameter.grad is not None:
+                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def _drop_unused(self, bucket: list[nn.Parameter], flat: Tensor) -> None:
+        """Give gradients to parameters that only other ranks used."""
+        if all(parameter.grad is not None for parameter in bucket):
+            return
+        used = flat[-len(bucket) :].tolist()
+        offset = 0
+        for parameter, ranks in zip(bucket, used, strict=True):
+            if parameter.grad is None and ranks > 0:
+                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+
+def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    assert world.mesh is not None
+    mesh = world.mesh if world.dp_replicate > 1 else world.mesh["dp_shard"]
+    for group in blocks.values():
+        for block in group:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    network.to(world.device)  # buffers outside the blocks
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _check_equal_weights(network: nn.Module, world: World) -> None:
+    """UserError unless all ranks hold the same bits, by the sum of each tensor's bit patterns."""
+    names, sums = [], []
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in network.state_dict().items():
+        names.append(name)
+        sums.append(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64).item())
+    main = world.broadcast_object((names, sums))
+    if main[0] != names:
+        different: str | None = "(other tensor names)"
+    else:
+        different = next((n for n, mine, its in zip(names, sums, main[1], strict=True) if mine != its), None)
+    for rank, name in enumerate(world.gather_objects(different)):
+        if name is not None:
+            raise UserError(
+                f"process {rank} holds other weights than process 0, first in '{name}'. Every process must start "
+                "from the same files with the same run.seed: check that model paths lead to the same files on every "
+                "machine."
+            )

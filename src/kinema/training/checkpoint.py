@@ -1,0 +1,321 @@
+"""Checkpoints: torch's distributed checkpoint, written beside the training and made visible by one rename.
+
+``step-00000120/`` holds what every rank wrote (``*.distcp``, ``.metadata``) and ``meta.json``. While it is written it is
+called ``.writing-step-00000120``: a directory with a checkpoint's name is complete. It loads on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from kinema.errors import UserError
+from kinema.parallel.mesh import World
+from kinema.training.checkpoint_files import SafeReader, disk_error, free_bytes, readable_bytes, sync_path
+
+State = Mapping[str, "Tensor | State"]
+"""Nested names of tensors."""
+
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_WRITING, _DELETING = ".writing-", ".deleting-"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint. ``sequence`` counts the checkpoints of a run directory in the order of writing."""
+
+    path: Path
+    step: int
+    sequence: int
+
+
+class Checkpointer:
+    """Writes, lists and rotates the checkpoints of a run in the directory ``root``.
+
+    ``save`` and ``wait`` are called by all ranks together. What went wrong in a background write is raised, as a
+    UserError on every rank, by the next of these calls; the checkpoints before it stay.
+    """
+
+    def __init__(self, root: Path, keep: int, asynchronous: bool, world: World) -> None:
+        self.root = root
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self.world = world
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._stager: Any = None
+        self._staging: Future[State] | None = None
+        if world.is_main:
+            _prepare_root(root)
+        world.barrier()
+
+    def complete(self) -> list[Checkpoint]:
+        """All complete checkpoints, the one written last at the end."""
+        return list_checkpoints(self.root)
+
+    def latest(self) -> Checkpoint | None:
+        """The complete checkpoint written last."""
+        return next(reversed(self.complete()), None)
+
+    def save(self, step: int, tensors: State, meta: Mapping[str, Any]) -> None:
+        """Write a checkpoint of ``tensors`` (plain or DTensors) and ``meta`` (goes into JSON, rank 0's is kept).
+
+        Returns when it is on disk, or, if asynchronous, as soon as it is copied or being copied: then call
+        ``wait_for_staging`` before the tensors change. Waits for the write before it.
+        """
+        self.wait()
+        need = self._check_space(tensors)
+        writing = self.root / f"{_WRITING}step-{step:08d}"
+        described = {
+            "format": FORMAT,
+            "step": step,
+            "ranks": self.world.size,
+            "torch": torch.__version__,
+            "bytes": need,
+        }
+        described["meta"] = dict(meta)
+        text = json.dumps(described, indent=1)  # now: a value that JSON cannot hold is the caller's mistake
+        if not self.asynchronous:
+            self._write(writing, step, tensors, text, need)
+            return
+        staged = self._stage(tensors)
+        self._pending = self._thread.submit(self._write, writing, step, staged, text, need)
+
+    def wait_for_staging(self) -> None:
+        """Return when the tensors that were given to ``save`` may change."""
+        if self._staging is not None:
+            self._staging.result()
+            self._staging = None
+
+    def wait(self) -> None:
+        """Return when what was saved is on disk; UserError if it could not be written."""
+        self.wait_for_staging()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """``wait``, and free the copies. The last call."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+                self._stager = None
+
+    def load(self, path: Path, tensors: State) -> dict[str, Any]:
+        """Fill ``tensors`` in place from a checkpoint, on all ranks together; returns its ``meta``."""
+        return load(path, tensors, self.world, self._group)
+
+    def _check_space(self, tensors: State) -> int:
+        """Bytes that all ranks together will write; UserError if the file system has less."""
+        need = int(self.world.all_reduce_sum(float(_local_bytes(tensors))))
+        free = self.world.broadcast_object(free_bytes(self.root) if self.world.is_main else None)
+        if need > free:
+            raise UserError(self._full(need, f"{readable_bytes(free)} are free"))
+        return need
+
+    def _full(self, need: int, reason: str) -> str:
+        kept = self.latest()
+        return (
+            f"cannot write a checkpoint of {readable_bytes(need)} to {self.root}: {reason}. Free some space there, set "
+            f"checkpoint.keep lower, or move run.dir to a larger disk, then start the run again: it goes on from "
+            f"{kept.path.name if kept else 'its beginning (there is no complete checkpoint yet)'}."
+        )
+
+    def _stage(self, tensors: State) -> State | Future[State]:
+        """Copies of the tensors in CPU memory; on a GPU they are made while it computes, into pinned memory."""
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        if self._stager is None:
+            gpu = self.world.device.type == "cuda"
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=gpu,
+                    use_shared_memory=False,
+                    use_async_staging=gpu,
+                    use_non_blocking_copy=gpu,
+                )
+            )
+        staged = self._stager.stage(dict(tensors))
+        self._staging = staged if isinstance(staged, Future) else None
+        return staged
+
+    def _write(self, writing: Path, step: int, staged: State | Future[State], meta: str, need: int) -> Path:
+        """Write, sync, rename and rotate. All ranks succeed, or all raise the same UserError."""
+        problem: str | None = None
+        path: Path | None = None
+        try:
+            tensors = staged.result() if isinstance(staged, Future) else staged
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no process group exists; that non-tensors are rare
+                dcp.save(
+                    dict(tensors),
+                    storage_writer=dcp.FileSystemWriter(writing, single_file_per_rank=True, sync_files=True),
+                    process_group=self._group,
+                    no_dist=self.world.size == 1,
+                )
+            if self.world.is_main:
+                path = self._publish(writing, step, meta)
+        except Exception as error:
+            os_error = disk_error(error)
+            if os_error is None:
+                raise
+            problem = self._full(need, os_error)
+            if self.world.is_main:
+                shutil.rmtree(writing, ignore_errors=True)
+        path, problem = self._agree((path, problem))
+        if problem is not None or path is None:
+            raise UserError(problem or f"checkpoint {writing} was not written")
+        if self.world.is_main:
+            self._rotate()
+        return path
+
+    def _agree(self, outcome: tuple[Path | None, str | None]) -> tuple[Path | None, str | None]:
+        """Rank 0's outcome: a failure of any rank fails all of them within dcp.save, what follows is rank 0's."""
+        if self._group is None:
+            return outcome
+        values = [outcome]
+        dist.broadcast_object_list(values, src=0, group=self._group, device=torch.device("cpu"))
+        return values[0]
+
+    def _publish(self, writing: Path, step: int, meta: str) -> Path:
+        """Make a written directory visible under its name."""
+        existing = self.complete()
+        record = {"sequence": existing[-1].sequence + 1 if existing else 0, **json.loads(meta)}
+        (writing / "meta.json").write_text(json.dumps(record, indent=1))
+        sync_path(writing / "meta.json")
+        sync_path(writing)
+        again = sum(
+            checkpoint.step == step for checkpoint in existing
+        )  # the run was taken back and came here again
+        path = self.root / (f"step-{step:08d}" + (f"-{again}" if again else ""))
+        while path.exists():
+            again += 1
+            path = self.root / f"step-{step:08d}-{again}"
+        os.rename(writing, path)
+        sync_path(self.root)
+        return path
+
+    def _rotate(self) -> None:
+        for old in self.complete()[: -self.keep]:
+            _delete(old.path)
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """All complete checkpoints in a directory in the order in which they were written."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and (path / "meta.json").is_file():
+            found.append(Checkpoint(path, int(match[1]), int(_read_meta(path)["sequence"])))
+    return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The ``meta`` that was saved with a checkpoint."""
+    return _read_meta(path)["meta"]
+
+
+def contents(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and types of the tensors in a checkpoint; nested names are joined with dots."""
+    _read_meta(path)
+    stored = SafeReader(path).read_metadata().state_dict_metadata
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
+
+
+def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Fill ``tensors`` in place from a checkpoint, whatever number of ranks wrote it; returns its ``meta``.
+
+    Tensors of the checkpoint that are not asked for are left alone. UserError, before anything is changed, if one that
+    is asked for is not there or has another shape or type.
+    """
+    meta = read_meta(path)
+    stored = contents(path)
+    for name, tensor in flatten(tensors).items():
+        if name not in stored:
+            raise UserError(
+                f"checkpoint {path} has no '{name}' among its {len(stored)} tensors: it belongs to another network, "
+                "adapter or optimiser. Resume with the configuration that it was trained with, or start from its weights "
+                "only."
+            )
+        if stored[name] != (tuple(tensor.shape), tensor.dtype):
+            shape, dtype = stored[name]
+            raise UserError(
+                f"checkpoint {path} has '{name}' as {dtype} {list(shape)}, but this run needs {tensor.dtype} "
+                f"{list(tensor.shape)}. Resume with the configuration that it was trained with."
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(dict(tensors), storage_reader=SafeReader(path), process_group=group, no_dist=world.size == 1)
+    return meta
+
+
+def flatten(tensors: State, prefix: str = "") -> dict[str, Tensor]:
+    """Nested names joined with dots."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no complete checkpoint: its meta.json cannot be read ({error})."
+        ) from error
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}."
+        )
+    return meta
+
+
+def _prepare_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the checkpoint directory {root}: {error.strerror}. Check run.dir."
+        ) from error
+    for path in root.iterdir():
+        if path.name.startswith((_WRITING, _DELETING)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint such that no part of it is ever taken for a whole one."""
+    gone = path.with_name(_DELETING + path.name)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _local_bytes(tensors: State) -> int:
+    from torch.distributed.tensor import DTensor
+
+    total = 0
+    for tensor in flatten(tensors).values():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        total += local.numel() * local.element_size()
+    return total

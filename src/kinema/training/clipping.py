@@ -1,0 +1,65 @@
+"""The global norm of gradients and clipping by it, for plain tensors and DTensors of any meshes together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_Place = tuple[Any, Any, torch.device, torch.dtype]
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> dict[_Place, list[Tensor]]:
+    """This rank's parts of all gradients, grouped by (mesh, placements, device, dtype); mesh None for plain tensors.
+
+    The tensors share memory with the gradients.
+    """
+    groups: dict[_Place, list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if isinstance(gradient, DTensor):
+            local = gradient.to_local()
+            place = (gradient.device_mesh, gradient.placements, local.device, local.dtype)
+        else:
+            local, place = gradient, (None, None, gradient.device, gradient.dtype)
+        groups.setdefault(place, []).append(local)
+    return groups
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients in place so that their global 2-norm is at most ``max_norm`` (None: leave them).
+
+    Returns the norm before clipping: a scalar (float32, or float64 where all gradients are), the same on all ranks.
+    If it is not finite the gradients are of no use and the step must be skipped. Replicated gradients must be summed
+    over ranks already, as they are after the last ``kinema.parallel.data.accumulate``.
+    """
+    groups = local_gradients(parameters)
+    if not groups:
+        return torch.zeros(())
+    device = next(iter(groups))[2]
+    squares = [_squared_norm(place, gradients).to(device) for place, gradients in groups.items()]
+    norm = torch.stack(squares).sum().sqrt() if len({s.dtype for s in squares}) == 1 else sum(squares).sqrt()
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for (_, _, where, dtype), gradients in groups.items():
+            torch._foreach_mul_(gradients, factor.to(where, dtype))
+    return norm
+
+
+def _squared_norm(place: _Place, gradients: list[Tensor]) -> Tensor:
+    mesh, placements, _, dtype = place
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
+    square = torch.stack(norms).square().sum()
+    if mesh is not None:
+        for dimension, placement in enumerate(placements):
+            assert not placement.is_partial(), "gradients are summed before they are clipped"
+            if not placement.is_replicate() and mesh.size(dimension) > 1:
+                dist.all_reduce(square, group=mesh.get_group(dimension))
+    return square

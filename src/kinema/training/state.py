@@ -1,0 +1,114 @@
+"""What a checkpoint of a training holds: the tensors of networks, optimisers and averages, by name and by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kinema.optim.ema import Ema
+from kinema.training.checkpoint import Checkpointer, contents
+
+StateDict = dict[str, dict[str, Tensor]]
+
+
+def training_state(
+    networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer] = (), ema: Ema | None = None
+) -> StateDict:
+    """``{"networks": ..., "optimizer": ..., "ema": ...}``, each name -> tensor, for ``Checkpointer.save``.
+
+    Names are ``{network}.{parameter}`` and, for the optimiser's state, ``{network}.{parameter}.{key}``. Of the networks only
+    what training changes is there: parameters that require gradients, and persistent buffers. Learning rates and the
+    like are not: the configuration and the step determine them. Tensors are references: saving reads them, loading
+    writes into them.
+    """
+    state: StateDict = {"networks": _network_tensors(networks)}
+    if optimizers:
+        state["optimizer"] = _optimizer_tensors(networks, optimizers)
+    if ema is not None:
+        state["ema"] = ema.state()
+    return state
+
+
+def load_training_state(
+    checkpointer: Checkpointer,
+    path: Path,
+    networks: Mapping[str, nn.Module],
+    optimizers: Sequence[Optimizer] = (),
+    ema: Ema | None = None,
+) -> dict[str, Any]:
+    """Restore in place what ``training_state`` gave, on any number of ranks; returns the checkpoint's ``meta``.
+
+    Optimisers may be fresh: state that they make at their first step is made here, for the parameters that had it.
+    """
+    stored = contents(path)
+    if optimizers:
+        _make_optimizer_state(networks, optimizers, set(stored))
+    return checkpointer.load(path, training_state(networks, optimizers, ema))
+
+
+def named_trainables(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters that training changes, by ``{network}.{parameter}``; for the EMA too."""
+    return {
+        f"{part}.{name}": parameter
+        for part, network in networks.items()
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _network_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in named_trainables(networks).items()}
+    for part, network in networks.items():
+        parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+        for name, value in network.state_dict().items():
+            if name not in parameters and isinstance(value, Tensor):
+                tensors[f"{part}.{name}"] = value
+    return tensors
+
+
+def _optimizer_tensors(
+    networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]
+) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in named_trainables(networks).items()}
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"{type(optimizer).__name__} keeps '{key}' as {type(value).__name__}: checkpoints hold tensors"
+                    )
+                tensors[f"{names[parameter]}.{key}"] = value
+    return tensors
+
+
+def _make_optimizer_state(
+    networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], stored: set[str]
+) -> None:
+    """Let optimisers make the state that the checkpoint has: one step with zero gradients and learning rate 0."""
+    prefix = "optimizer."
+    names = {parameter: name for name, parameter in named_trainables(networks).items()}
+    had = {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            fresh = names[parameter] in had and not optimizer.state.get(parameter)
+            parameter.grad = torch.zeros_like(parameter) if fresh else None
+            if names[parameter] not in had:
+                optimizer.state.pop(parameter, None)
+        settings = [(group, group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+        for group, _, weight_decay in settings:
+            group["lr"] = 0.0
+            if weight_decay is not None:
+                group["weight_decay"] = 0.0
+        optimizer.step()
+        for group, lr, weight_decay in settings:
+            group["lr"] = lr
+            if weight_decay is not None:
+                group["weight_decay"] = weight_decay
+        optimizer.zero_grad(set_to_none=True)
