@@ -51,7 +51,7 @@ def test_frame_counts_must_fit_the_stride(count: int, nearest: str) -> None:
 
 
 def test_size_buckets_are_checked_and_used_as_they_are() -> None:
-    with pytest.raises(UserError, match="500x512x1: width must be a multiple of 16.*496 or 512"):
+    with pytest.raises(UserError, match=r"500x512x1: width must be a multiple of 16.*496 or 512"):
         make_buckets(BucketSpec(size_buckets=[(500, 512, 1)]))
     (group,) = make_buckets(
         BucketSpec(size_buckets=[(832, 480, 81), (832, 480, 17), (480, 832, 17), (480, 480, 1)])

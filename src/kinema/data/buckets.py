@@ -128,9 +128,7 @@ def check_frames(count: int, stride: int) -> None:
         return
     below = max(1, (count - 1) // stride * stride + 1)
     nearest = f"{below}" if below >= count else f"{below} or {below + stride}"
-    raise UserError(
-        f"{count} frames do not fit this model: it takes {stride} * k + 1 frames; nearest: {nearest}"
-    )
+    raise UserError(f"{count} frames do not fit this model, which takes {stride} * k + 1; nearest: {nearest}")
 
 
 def size_for(ratio: float, area: float, grid: int) -> tuple[int, int]:
@@ -185,7 +183,7 @@ def frames_at(info: MediaInfo, fps: float | None) -> int:
 
 
 def clip_rate(info: MediaInfo, fps: float | None) -> float:
-    """The rate to take frames at: ``fps``, or the file's own where none is asked for or it is as good as equal.
+    """The rate to take frames at: ``fps``, or the file's own where none is asked for or the two are near.
 
     29.97 counts as 30: resampling it would only repeat one frame in a thousand.
     """

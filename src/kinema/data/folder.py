@@ -119,9 +119,10 @@ def _scan_directory(
     counts["files"] += len(names)
     captions: dict[str, str] = {}
     for stem, suffix, name in map(_split, names):
-        if suffix == ".txt" and not name.startswith("."):
-            if captions.setdefault(stem, name) != name:
-                leave_out(name, "second caption", f"is a second caption beside {captions[stem]}: keep one")
+        if suffix != ".txt" or name.startswith("."):
+            continue
+        if captions.setdefault(stem, name) != name:
+            leave_out(name, "second caption", f"is a second caption beside {captions[stem]}: keep one")
     with_media = set()
     for name in names:
         stem, suffix, _ = _split(name)
@@ -130,21 +131,12 @@ def _scan_directory(
             counts["hidden"] += 1
         elif kind is not None:
             with_media.add(stem)
-            if stem in captions:
-                caption, problem = read_caption(directory / captions[stem])
-                if problem:
-                    leave_out(name, "unreadable caption", problem)
-                    continue
-                counts["empty caption"] += not caption
-            elif missing_caption == "leave_out":
-                expected = f"has no caption: expected {stem}.txt beside it; write one"
-                leave_out(
-                    name, "no caption", f'{expected}, or set missing_caption = "empty" to train on it without'
-                )
+            caption, code, problem = _caption_of(directory, stem, captions, missing_caption)
+            if problem:
+                leave_out(name, code, problem)
                 continue
-            else:
-                caption = ""
-                counts["missing caption"] += 1
+            if code:
+                counts[code] += 1
             counts[kind] += 1
             records.append(Record(directory / name, caption, kind, source))
         elif suffix in SIDECARS:
@@ -164,6 +156,19 @@ def _scan_directory(
                 "caption without media",
                 f"is a caption without media: no picture or video is named {stem}",
             )
+
+
+def _caption_of(
+    directory: Path, stem: str, captions: dict[str, str], missing_caption: MissingCaption
+) -> tuple[str, str, str]:
+    """(caption, what to count it as or why it is left out, the reason why it is left out)."""
+    if stem in captions:
+        caption, problem = read_caption(directory / captions[stem])
+        return caption, "unreadable caption" if problem else "" if caption else "empty caption", problem
+    if missing_caption == "empty":
+        return "", "missing caption", ""
+    expected = f"has no caption: expected {stem}.txt beside it; write one"
+    return "", "no caption", f'{expected}, or set missing_caption = "empty" to train on it without'
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**28
 """The largest picture that is read (268 megapixels: 0.8 GB as RGB); what claims more is refused unread."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "MPO", "JPEG2000", "PPM", "DIB", "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF", "JPEG2000", "PPM", "DIB", "ICO")
 """What Pillow may try: formats with a signature, and none (such as EPS) that runs another program."""
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 
@@ -28,17 +29,18 @@ def open_picture(path: Path) -> Iterator[Image.Image | None]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own guard counts canvases of animations and tiles too
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own guard counts tiles and canvases too
+    Image.init()
     try:
-        with _opened(path) as image:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise too_large(path, f"{image.width}x{image.height}")
             yield image
     except UnidentifiedImageError:
         yield None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise too_large(path, str(error)) from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(
@@ -48,22 +50,9 @@ def open_picture(path: Path) -> Iterator[Image.Image | None]:
         ) from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    import warnings
-
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked by the caller
-        image = Image.open(path, formats=FORMATS)
-    with image:
-        yield image
-
-
 def too_large(path: Path, size: str) -> MediaError:
     return MediaError(
-        f"{path} is too large ({size}; at most {MAX_PIXELS // 10**6} megapixels are read): scale it down first",
+        f"{path} is too large ({size}; at most {MAX_PIXELS // 10**6} megapixels are read): scale it",
         "picture too large",
     )
 
@@ -116,13 +105,14 @@ def _walk(image: Image.Image) -> Iterator[tuple[Fraction, Fraction]]:
 
 
 def read_animation(image: Image.Image) -> Iterator[tuple[Fraction, Image.Image]]:
-    """The frames of an animation with their times in seconds; each is valid until the next is asked for."""
+    """The frames of an animation with their times in seconds."""
     for time, _ in _walk(image):
-        yield time, image
+        yield time, image.copy()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of any picture: upright, deep greys scaled, colour profile applied, transparency on white."""
+    """8-bit sRGB of any picture: upright, deep greys scaled, colour profile applied, transparency on
+    white."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -137,7 +127,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greys as 8-bit: 16-bit by 257, float from [0, 1] unless it holds larger values."""
+    """16-bit, 32-bit and float greys as 8-bit: 16-bit by 257, float from [0, 1] unless it holds larger
+    values."""
     import numpy as np
     from PIL import Image
 
@@ -153,6 +144,7 @@ def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
     """RGB in sRGB. A profile that cannot be applied (damaged, or of another mode) is set aside."""
     from PIL import features
 
+    plain = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK") and features.check("littlecms2"):
         import io
 
@@ -160,12 +152,14 @@ def _to_srgb(image: Image.Image, profile: Any) -> Image.Image:
 
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(
+                image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
             if converted is not None:
                 return converted
         except ImageCms.PyCMSError:
-            pass
-    return image.convert("RGB")
+            return plain
+    return plain
 
 
 def _short(error: BaseException) -> str:

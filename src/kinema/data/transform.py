@@ -1,8 +1,9 @@
 """From a decoded frame of any size to the pixels of a bucket: scale to cover, crop the centre.
 
-Pictures and video frames go through the same function on 8-bit RGB, so that a picture and a one-frame video of it
-give the same pixels. The scaling is Pillow's Lanczos with its support widened when shrinking (antialiased), and
-crop and scale are one operation with a sub-pixel box: only the pixels that are kept are touched.
+Pictures and video frames go through the same function on 8-bit RGB, so that a picture and a one-frame video
+of it give the same pixels. The scaling is Pillow's Lanczos with its support widened when shrinking
+(antialiased), and crop and scale are one operation with a sub-pixel box: only the pixels that are kept are
+touched.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Transform:
 
 def cover_box(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
     """The largest centred box of the given width/height ratio in a frame: (left, top, right, bottom)."""
-    box_w, box_h = (height * aspect, float(height)) if width > height * aspect else (float(width), width / aspect)
+    box_w, box_h = (
+        (height * aspect, float(height)) if width > height * aspect else (float(width), width / aspect)
+    )
     left, top = (width - box_w) / 2, (height - box_h) / 2
     return max(left, 0.0), max(top, 0.0), min(left + box_w, float(width)), min(top + box_h, float(height))
 
@@ -45,8 +48,8 @@ def cover_box(width: int, height: int, aspect: float) -> tuple[float, float, flo
 def fit(image: Image.Image, transform: Transform, turn: Any = None, pixel_aspect: float = 1.0) -> np.ndarray:
     """Scale an RGB picture to cover the bucket and crop its centre.
 
-    ``turn`` is the `PIL.Image.Transpose` that stored frames are shown with, if any; ``pixel_aspect`` the width of a
-    stored pixel over its height. Returns uint8 [C, H, W].
+    ``turn`` is the `PIL.Image.Transpose` that stored frames are shown with, if any; ``pixel_aspect`` the
+    width of a stored pixel over its height. Returns uint8 [C, H, W].
     """
     import numpy as np
     from PIL import Image
