@@ -1,0 +1,453 @@
+"""From a configuration to a trained model: checks first, then what is cheap, then what is expensive."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.config.schema import Config
+from kinema.data.batch import Batch
+from kinema.errors import UserError
+from kinema.families.base import Family, NoisePath, Parts, Prepared
+from kinema.families.registry import open_family
+from kinema.training.progress import Progress, due
+from kinema.training.resume import ResumeOptions, check_data, compare, set_aside
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from kinema.data.dataset import Dataset
+    from kinema.parallel.mesh import World
+    from kinema.training.checkpoint import Checkpointer
+    from kinema.training.display import TrainingDisplay
+    from kinema.training.loop import StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class FamilyDenoiser:
+    """A network behind its family's habits, as objectives use it."""
+
+    family: Family
+    network: nn.Module
+
+    @property
+    def path(self) -> NoisePath:
+        return self.family.path
+
+    def prepare(self, batch: Batch) -> Prepared:
+        return self.family.prepare(batch)
+
+    def tokens(self, latents: Tensor) -> int:
+        return self.family.tokens(latents)
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        return self.family.predict(self.network, x_t, t, conditioning)
+
+
+def train(config: Config, options: ResumeOptions | None = None) -> Path:
+    """Run a training to its end (or to a request to quit); returns the run directory."""
+    from kinema.parallel.mesh import start, stop
+
+    family = open_family(config.model)
+    family.validate(config)
+    world = start(config.parallel)
+    config = resolve(config, world.device)
+    try:
+        Run(config, options or ResumeOptions(), family, world).train()
+    finally:
+        stop()
+    return config.run.dir
+
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """The configuration with everything decided that depends on the machine, and torch set up accordingly."""
+    import torch
+
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    if config.run.deterministic and device.type == "cuda":
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    if config.training.precision != "auto":
+        return config
+    precision = "bf16" if computes_in_bf16(device) else "fp32"
+    return config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices itself; where it does not, bf16 is slower than fp32 by far."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class Run:
+    """One training: its parts in the order in which they are made, then the loop and what happens between steps."""
+
+    def __init__(self, config: Config, options: ResumeOptions, family: Family, world: World) -> None:
+        from kinema.training.display import TrainingDisplay
+
+        self.config, self.options, self.family, self.world = config, options, family, world
+        self.directory = config.run.dir
+        self.display: TrainingDisplay = TrainingDisplay(0, 0, world.device, world.is_main)
+        self.say = self.display.say
+
+    def train(self) -> None:
+        """Everything, in order."""
+        from kinema.training.display import TrainingDisplay
+        from kinema.training.loop import run_steps
+        from kinema.training.requests import Requests
+
+        checkpoint, weights = self._find_start()
+        meta = self._compare_with(checkpoint)
+        self._open_data(meta)
+        self._build(checkpoint, weights, meta)
+        trainer = self.trainer
+        self._describe_run()
+        self._last_save = time.monotonic()
+        display = TrainingDisplay(trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main)
+        self.display, self.say = display, display.say
+        try:
+            with display, Requests(self.directory) as requests, self._batches() as batches:
+                if trainer.progress.step == 0:
+                    self._before_first_step()
+                run_steps(trainer, batches, requests, self._after_step)
+            self._finish()
+        finally:
+            self.checkpointer.close()
+            self.metrics.close()
+
+    # -- before anything expensive ---------------------------------------------------------------------------------
+
+    def _find_start(self) -> tuple[Path | None, Path | None]:
+        """(checkpoint to go on from, checkpoint to take weights from); sets an old run aside if asked to."""
+        from kinema.training.checkpoint import list_checkpoints
+
+        options, root = self.options, self.directory / "checkpoints"
+        weights = None if options.weights_from is None else checkpoint_at(options.weights_from)
+        if options.resume_from is not None:
+            return checkpoint_at(options.resume_from), None
+        found = list_checkpoints(root)
+        if found and options.resume and weights is not None:
+            raise UserError(
+                f"{self.directory} holds a run with checkpoints, which --weights-from would not go on from. Give another "
+                "run.dir, or --no-resume to move the old run into a directory previous-N inside it."
+            )
+        if found and options.resume:
+            return found[-1].path, None
+        if self.world.is_main and (aside := set_aside(self.directory)) is not None:
+            self.say(f"What {self.directory} held was moved to {aside}")
+            if weights is not None and not weights.exists():
+                weights = aside / weights.relative_to(self.directory)
+        return None, self.world.broadcast_object(weights)
+
+    def _compare_with(self, checkpoint: Path | None) -> dict[str, Any] | None:
+        """The checkpoint's meta, after refusing what a resumed run may not change."""
+        from kinema.training.checkpoint import read_meta
+
+        if checkpoint is None:
+            return None
+        meta = read_meta(checkpoint)["meta"]
+        changes = compare(meta["config"], self.config.model_dump(mode="json"), self.options)
+        self.say(f"Resuming from {checkpoint}")
+        for change in changes:
+            self.say(f"  changed: {change}")
+        return meta
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _open_data(self, meta: dict[str, Any] | None) -> None:
+        from kinema.data.dataset import open_data
+
+        config, world = self.config, self.world
+        self.data: Dataset = open_data(config, config.data.sources, self.family, world, self.say)
+        if meta is not None:
+            check_data(meta["dataset"], self.data.fingerprint, self.options)
+        self.evaluation_sets = {
+            one.name: open_data(config, one.sources, self.family, world, self.say) for one in config.evaluation.sets
+        }
+
+    @contextmanager
+    def _batches(self) -> Iterator[Iterator[tuple[Batch, int]]]:
+        """This rank's batches from the current step on, built ahead in the background."""
+        from kinema.data.dataset import Prefetcher
+
+        progress, world = self.trainer.progress, self.world
+
+        def build(step: int) -> tuple[Batch, int]:
+            position = step - progress.data_start
+            batch = self.data.batch(position, world.dp_rank, world.dp_size)
+            return batch, self.data.global_size(position)
+
+        with Prefetcher(build, progress.step, self.trainer.total_steps) as self.prefetcher:
+            yield iter(self.prefetcher)
+
+    # -- networks ----------------------------------------------------------------------------------------------------
+
+    def _build(self, checkpoint: Path | None, weights: Path | None, meta: dict[str, Any] | None) -> None:
+        """Load, adapt, lay out and restore everything that a step touches."""
+        from kinema.objectives.flow import flow_matching
+        from kinema.optim.ema import Ema
+        from kinema.optim.optimizers import build_optimizers
+        from kinema.optim.scale import LossScale
+        from kinema.parallel.data import accumulate
+        from kinema.training.checkpoint import Checkpointer
+        from kinema.training.loop import Trainer
+        from kinema.training.state import load_training_state, named_trainables
+
+        config, training = self.config, self.config.training
+        self.networks = self._load_networks()
+        parameters = named_trainables(self.networks)
+        optimizers = build_optimizers(parameters, self._block_matrices(), config.optimizer)
+        self.ema = None if training.ema is None else Ema(parameters.items(), training.ema.decay)
+        scale = LossScale() if training.precision == "fp16" else None
+
+        self.checkpointer = Checkpointer(
+            self.directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous, self.world
+        )
+        progress = Progress()
+        if checkpoint is not None and meta is not None:
+            kept_optimizers = [] if self.options.reset_optimizer else optimizers
+            load_training_state(self.checkpointer, checkpoint, self.networks, kept_optimizers, self.ema)
+            progress = Progress(**meta["progress"])
+            if scale is not None and meta["loss_scale"] is not None:
+                scale.load_state_dict(meta["loss_scale"])
+        elif weights is not None:
+            self._take_weights(weights)
+        total = self._total_steps(progress)
+
+        def accumulating(last: bool) -> ExitStack:
+            stack = ExitStack()
+            for network in self.networks.values():
+                stack.enter_context(accumulate(network, last))
+            return stack
+
+        self.trainer: Trainer = Trainer(
+            config=config,
+            world=self.world,
+            networks={"student": FamilyDenoiser(self.family, next(iter(self.networks.values())))},
+            parameters=parameters,
+            objective=flow_matching(config.objective, self.family.default_shift()),
+            optimizers=optimizers,
+            compute_dtype=dtype_of(training.precision),
+            total_steps=total,
+            progress=progress,
+            ema=self.ema,
+            scale=scale,
+            accumulating=accumulating,
+            before_update=self.checkpointer.wait_for_staging,
+        )
+
+    def _load_networks(self) -> dict[str, nn.Module]:
+        from kinema.adapters.files import read_adapter
+        from kinema.adapters.lora import add_adapter, start_from
+        from kinema.memory.checkpointing import checkpoint_blocks
+        from kinema.parallel.data import shard
+
+        config, family = self.config, self.family
+        frozen = config.adapter is not None
+        stored = config.model.network.dtype or (config.training.precision if frozen else "fp32")
+        parts: Parts = {"network": family.load("network", "cpu", dtype_of(stored))}
+        networks = family.trainables(parts)
+        for network in networks.values():
+            network.train()
+            if config.adapter is None:
+                network.requires_grad_(True)
+            else:
+                add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
+                if config.adapter.init_from is not None:
+                    start_from(network, config.adapter, read_adapter(config.adapter.init_from, family))
+            if config.training.activation_checkpointing:
+                checkpoint_blocks(family.blocks(network))
+            shard(network, family.blocks(network), self.world)
+        return networks
+
+    def _block_matrices(self) -> set[str]:
+        """Canonical names of the 2-D weights inside the blocks."""
+        inside = {
+            parameter
+            for network in self.networks.values()
+            for blocks in self.family.blocks(network).values()
+            for parameter in blocks.parameters()
+            if parameter.ndim == 2
+        }
+        from kinema.training.state import named_trainables
+
+        return {name for name, parameter in named_trainables(self.networks).items() if parameter in inside}
+
+    def _take_weights(self, weights: Path) -> None:
+        """Start from another run's trained weights alone: the averaged ones where it kept an average."""
+        from kinema.training.state import load_weights
+
+        load_weights(self.checkpointer, weights, self.networks, self.ema)
+        self.say(f"Starting from the weights of {weights}")
+
+    def _total_steps(self, progress: Progress) -> int:
+        """Length of the run; also settles where the data order and the schedule begin."""
+        training = self.config.training
+        progress.steps_per_epoch = self.data.order.steps_per_epoch
+        if self.options.reset_data:
+            progress.data_start = progress.step
+        if self.options.reset_lr:
+            progress.lr_start = progress.step
+        if training.steps is not None:
+            return training.steps
+        assert training.epochs is not None
+        return progress.data_start + max(1, round(training.epochs * progress.steps_per_epoch))
+
+    # -- between steps -----------------------------------------------------------------------------------------------
+
+    def _describe_run(self) -> None:
+        """The run directory's description, metrics and preview maker; what will be trained is printed."""
+        from kinema.training.metrics import Metrics
+        from kinema.training.previews import Previewer
+        from kinema.training.rundir import environment, write_description
+
+        config, world, progress = self.config, self.world, self.trainer.progress
+        if world.is_main:
+            facts = environment(self.data.fingerprint, str(world.device), world.size)
+            write_description(self.directory, config, facts)
+        self.metrics = Metrics(
+            self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
+        )
+        self.previewer = Previewer(config, self.family, world)
+        count = sum(p.numel() for p in self.trainer.parameters.values())
+        self.say(
+            f"Training {count / 1e6:.2f}M parameters in {config.training.precision} on {world.size} x "
+            f"{world.device.type}: {self.trainer.total_steps} steps of {config.training.batch_size}, "
+            f"{progress.steps_per_epoch} an epoch, from step {progress.step}. Run directory: {self.directory}"
+        )
+
+    def _before_first_step(self) -> None:
+        if self.config.evaluation.sets and self.config.evaluation.before_first_step:
+            self.metrics.log(0, self._evaluate())
+        if self.config.preview.prompts and self.config.preview.before_first_step:
+            self._preview()
+
+    def _after_step(self, before: Progress, result: StepResult, seconds: float) -> None:
+        """Log, evaluate, preview, export and, last, save: what a resumed run repeats after the checkpoint's step."""
+        from kinema.training.loop import describe
+        from kinema.training.requests import SAVE
+
+        config, progress = self.config, self.trainer.progress
+        self.display.step(progress.step, result.loss, seconds)
+        row: dict[str, float] = {}
+        if progress.step % config.monitoring.every_steps == 0 or progress.step == self.trainer.total_steps:
+            extra = {"examples": progress.examples, "epoch": progress.epochs, "wait_share": self.prefetcher.wait_share}
+            row = describe(result, seconds, extra)
+        if config.evaluation.sets and due(config.evaluation, before, progress):
+            row |= self._evaluate()
+        if row:
+            self.metrics.log(progress.step, row)
+        if config.preview.prompts and due(config.preview, before, progress):
+            self._preview()
+        last = progress.step == self.trainer.total_steps
+        if due(config.export, before, progress) or last:
+            self._export()
+        if due(config.checkpoint, before, progress) or last or result.asked & SAVE or self._minutes_passed():
+            self._save()
+
+    def _minutes_passed(self) -> bool:
+        """Whether the main rank's clock says that a checkpoint is due."""
+        minutes = self.config.checkpoint.every_minutes
+        if minutes is None:
+            return False
+        passed = time.monotonic() - self._last_save > 60 * minutes
+        return bool(self.world.broadcast_object(passed))
+
+    def _save(self) -> None:
+        from kinema.training.state import training_state
+
+        scale = self.trainer.scale
+        meta = {
+            "config": self.config.model_dump(mode="json"),
+            "progress": self.trainer.progress.to_dict(),
+            "dataset": self.data.fingerprint,
+            "loss_scale": None if scale is None else scale.state_dict(),
+        }
+        tensors = training_state(self.networks, self.trainer.optimizers, self.ema)
+        self.checkpointer.save(self.trainer.progress.step, tensors, meta)
+        self._last_save = time.monotonic()
+
+    def _averaged(self) -> Any:
+        """Inside, the networks hold the moving average if there is one."""
+        return nullcontext() if self.ema is None else self.ema.swapped()
+
+    def _evaluate(self) -> dict[str, float]:
+        import torch
+
+        from kinema.training.evaluation import evaluate
+
+        t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
+        losses: dict[str, float] = {}
+        with self._averaged(), evaluating(self.networks.values()):
+            with torch.autocast(world.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32):
+                for name, data in self.evaluation_sets.items():
+                    batches = data.ordered_batches(size, world.dp_rank, world.dp_size)
+                    losses |= evaluate(name, batches, t.objective, t.networks, self.config.run.seed, world)
+        self.say("  ".join(f"{name} {value:.4f}" for name, value in losses.items() if "quantile" not in name))
+        return losses
+
+    def _preview(self) -> None:
+        network = next(iter(self.networks.values()))
+        with self._averaged(), evaluating(self.networks.values()):
+            self.previewer.preview(self.trainer.progress.step, network)
+
+    def _export(self) -> None:
+        from kinema.training.export import export_weights
+
+        step = self.trainer.progress.step
+        with self._averaged():
+            for network in itertools.islice(self.networks.values(), 1):
+                export_weights(self.directory / "exports", step, self.family, network, self.config, self.world)
+
+    def _finish(self) -> None:
+        from kinema.ui.report import write_report
+
+        self.checkpointer.wait()
+        if self.world.is_main:
+            self.say(f"Report: {write_report(self.directory)}")
+
+
+@contextmanager
+def evaluating(networks: Any) -> Iterator[None]:
+    """Networks in eval mode inside, as they were afterwards."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run directory."""
+    from kinema.training.checkpoint import list_checkpoints
+
+    if (path / "meta.json").exists():
+        return path
+    for root in (path / "checkpoints", path):
+        found = list_checkpoints(root) if root.is_dir() else []
+        if found:
+            return found[-1].path
+    raise UserError(f"{path} is no checkpoint and no run directory with a complete checkpoint in it.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's type for a name of the configuration."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
