@@ -25,8 +25,8 @@ class _Epoch:
 class BatchOrder:
     """Which items make up the global batch of each step.
 
-    Every epoch is a new shuffle in which each item comes exactly once. A batch holds items of one bucket; what
-    is left of a bucket forms a smaller batch. The batches of all buckets are shuffled together.
+    Every epoch is a new shuffle in which each item comes exactly once. A batch holds items of one bucket;
+    what is left of a bucket forms a smaller batch. The batches of all buckets are shuffled together.
 
     >>> order = BatchOrder([0, 0, 0, 1, 1], batch_size=2, seed=7)
     >>> order.steps_per_epoch
