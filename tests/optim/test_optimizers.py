@@ -68,7 +68,9 @@ def test_every_parameter_is_taken_once_and_vectors_do_not_decay(kind):
             for p in group["params"]:
                 assert group["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
     muons = [o for o in optimizers if isinstance(o, Muon)]
-    assert [p is parameters["2.weight"] for o in muons for p in o.param_groups[0]["params"]] == [True] * (kind == "muon")
+    assert [p is parameters["2.weight"] for o in muons for p in o.param_groups[0]["params"]] == [True] * (
+        kind == "muon"
+    )
     assert set_lr(optimizers, 0.5) == pytest.approx(0.5e-4)
 
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Denoiser(Protocol):
     """A network in its role, behind its family's habits."""
 
-    path: NoisePath
+    @property
+    def path(self) -> NoisePath:
+        """The family's path and native prediction."""
 
     def prepare(self, batch: Batch) -> Prepared:
         """Stack a batch."""
@@ -69,12 +71,16 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What is minimised. ``roles`` names the networks it needs."""
+    """What is minimised."""
 
-    roles: tuple[str, ...]
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The networks that it needs."""
 
     def __call__(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws) -> Loss:
         """The loss of one (micro-)batch."""
 
-    def at_quantile(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float) -> Loss:
+    def at_quantile(
+        self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float
+    ) -> Loss:
         """The loss with every sample's time at this quantile of the time law, for evaluation."""

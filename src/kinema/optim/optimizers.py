@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 Parameters = Mapping[str, "torch.nn.Parameter"]
 
 
-def build_optimizers(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
     """Optimisers over the trained parameters (name -> parameter); together they take each exactly once.
 
     ``block_matrices`` names the 2-D weights inside the network's blocks, which Muon takes. Every group carries
@@ -22,7 +24,9 @@ def build_optimizers(parameters: Parameters, block_matrices: set[str], config: O
     return BUILDERS[config.type](parameters, block_matrices, config)
 
 
-def _adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def _adamw(
+    parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
     import torch
 
     decayed = [p for p in parameters.values() if p.ndim >= 2]
@@ -36,7 +40,9 @@ def _adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerCo
     return [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
 
 
-def _muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def _muon(
+    parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
     from kinema.optim.muon import Muon
 
     matrices = [p for name, p in parameters.items() if name in block_matrices]

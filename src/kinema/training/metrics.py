@@ -19,7 +19,12 @@ class Metrics:
     """
 
     def __init__(
-        self, directory: Path, config: MonitoringConfig, resume_step: int, run_config: dict[str, Any], main: bool
+        self,
+        directory: Path,
+        config: MonitoringConfig,
+        resume_step: int,
+        run_config: dict[str, Any],
+        main: bool,
     ) -> None:
         self._file = self._tensorboard = self._wandb = None
         if not main:
@@ -85,4 +90,6 @@ def _start_wandb(project: str, directory: Path, run_config: dict[str, Any]) -> A
             "monitoring.wandb needs the package wandb: pip install 'kinema[wandb]', or remove the key."
         ) from None
     # The run's own name makes a resumed run go on in the same W&B run.
-    return wandb.init(project=project, id=directory.resolve().name, dir=str(directory), resume="allow", config=run_config)
+    return wandb.init(
+        project=project, id=directory.resolve().name, dir=str(directory), resume="allow", config=run_config
+    )

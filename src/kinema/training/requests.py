@@ -1,9 +1,10 @@
-"""Requests from outside a running training: signals, and files touched in its run directory."""
+"""Requests to a running training from outside its steps: signals, files touched in its run directory, the clock."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,10 +16,13 @@ SAVE, QUIT = 1, 2
 @dataclass
 class Requests:
     """SIGTERM and SIGINT ask for a checkpoint and the end of the run; so does a file ``save_quit`` in the run
-    directory; a file ``save`` asks for a checkpoint alone. A second signal ends the process at once."""
+    directory; a file ``save`` asks for a checkpoint alone, and so does the clock when ``minutes`` have passed since
+    ``saved`` was called. A second signal ends the process at once."""
 
     directory: Path
+    minutes: float | None = None
     _pending: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
     _previous: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Requests:
@@ -36,8 +40,13 @@ class Requests:
         self._pending |= SAVE | QUIT
         signal.signal(number, self._previous.get(number, signal.SIG_DFL))
 
+    def saved(self) -> None:
+        """A checkpoint was made: the minutes count from now."""
+        self._saved_at = time.monotonic()
+
     def take(self, main: bool) -> int:
-        """What was asked since the last call, as a sum of SAVE and QUIT. The main rank looks at the files."""
+        """What was asked since the last call, as a sum of SAVE and QUIT. The main rank looks at the files
+        and at its clock."""
         wanted, self._pending = self._pending, 0
         if main:
             for name, meaning in (("save", SAVE), ("save_quit", SAVE | QUIT)):
@@ -45,4 +54,6 @@ class Requests:
                 if path.exists():
                     path.unlink(missing_ok=True)
                     wanted |= meaning
+            if self.minutes is not None and time.monotonic() - self._saved_at > 60 * self.minutes:
+                wanted |= SAVE
         return wanted

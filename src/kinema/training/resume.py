@@ -82,13 +82,17 @@ def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) ->
         rule = _rule(key)
         line = f"{key}: {before!r} -> {after!r}"
         if rule == "refused":
-            refusals.append(f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)")
+            refusals.append(
+                f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)"
+            )
         elif rule in FLAGS and not allowed[rule]:
             refusals.append(f"  {line} (allowed with {FLAGS[rule]})")
         elif rule is not None:
             announcements.append(line)
     if refusals:
-        raise UserError("This run cannot be resumed with a configuration that changes:\n" + "\n".join(refusals))
+        raise UserError(
+            "This run cannot be resumed with a configuration that changes:\n" + "\n".join(refusals)
+        )
     return announcements
 
 
@@ -105,9 +109,11 @@ def check_data(old: str, new: str, options: ResumeOptions) -> None:
 def set_aside(directory: Path) -> Path | None:
     """Move the contents of a run directory into ``previous-N`` inside it; returns that directory, or None if there was
     nothing to move."""
-    contents = [
-        path for path in directory.iterdir() if not path.name.startswith("previous-")
-    ] if directory.exists() else []
+    contents = (
+        [path for path in directory.iterdir() if not path.name.startswith("previous-")]
+        if directory.exists()
+        else []
+    )
     if not contents:
         return None
     number = 1

@@ -37,7 +37,10 @@ def environment(dataset_fingerprint: str, device: str, world_size: int) -> dict[
 def write_description(directory: Path, config: Config, facts: dict[str, Any]) -> None:
     """``config.toml`` (every key, defaults included) and ``environment.json``."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.toml", to_toml(config)), ("environment.json", json.dumps(facts, indent=2) + "\n")):
+    for name, text in (
+        ("config.toml", to_toml(config)),
+        ("environment.json", json.dumps(facts, indent=2) + "\n"),
+    ):
         partial = directory / (name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(directory / name)
@@ -57,8 +60,12 @@ def _git_commit() -> str | None:
         return None
     try:
         git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from kinema.data.dataset import Dataset
     from kinema.parallel.mesh import World
-    from kinema.training.checkpoint import Checkpointer
     from kinema.training.display import TrainingDisplay
     from kinema.training.loop import StepResult, Trainer
 
@@ -74,7 +72,9 @@ def resolve(config: Config, device: torch.device) -> Config:
     if config.run.deterministic and device.type == "cuda":
         import os
 
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS repeats itself with a fixed workspace
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if config.training.precision != "auto":
@@ -89,7 +89,9 @@ def computes_in_bf16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 class Run:
@@ -115,14 +117,16 @@ class Run:
         self._build(checkpoint, weights, meta)
         trainer = self.trainer
         self._describe_run()
-        self._last_save = time.monotonic()
-        display = TrainingDisplay(trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main)
+        display = TrainingDisplay(
+            trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main
+        )
         self.display, self.say = display, display.say
         try:
-            with display, Requests(self.directory) as requests, self._batches() as batches:
+            minutes = self.config.checkpoint.every_minutes
+            with display, Requests(self.directory, minutes) as self.requests, self._batches() as batches:
                 if trainer.progress.step == 0:
                     self._before_first_step()
-                run_steps(trainer, batches, requests, self._after_step)
+                run_steps(trainer, batches, self.requests, self._after_step)
             self._finish()
         finally:
             self.checkpointer.close()
@@ -175,7 +179,8 @@ class Run:
         if meta is not None:
             check_data(meta["dataset"], self.data.fingerprint, self.options)
         self.evaluation_sets = {
-            one.name: open_data(config, one.sources, self.family, world, self.say) for one in config.evaluation.sets
+            one.name: open_data(config, one.sources, self.family, world, self.say)
+            for one in config.evaluation.sets
         }
 
     @contextmanager
@@ -227,11 +232,12 @@ class Run:
             self._take_weights(weights)
         total = self._total_steps(progress)
 
-        def accumulating(last: bool) -> ExitStack:
-            stack = ExitStack()
-            for network in self.networks.values():
-                stack.enter_context(accumulate(network, last))
-            return stack
+        @contextmanager
+        def accumulating(last: bool) -> Iterator[None]:
+            with ExitStack() as stack:
+                for network in self.networks.values():
+                    stack.enter_context(accumulate(network, last))
+                yield
 
         self.trainer: Trainer = Trainer(
             config=config,
@@ -344,7 +350,11 @@ class Run:
         self.display.step(progress.step, result.loss, seconds)
         row: dict[str, float] = {}
         if progress.step % config.monitoring.every_steps == 0 or progress.step == self.trainer.total_steps:
-            extra = {"examples": progress.examples, "epoch": progress.epochs, "wait_share": self.prefetcher.wait_share}
+            extra = {
+                "examples": progress.examples,
+                "epoch": progress.epochs,
+                "wait_share": self.prefetcher.wait_share,
+            }
             row = describe(result, seconds, extra)
         if config.evaluation.sets and due(config.evaluation, before, progress):
             row |= self._evaluate()
@@ -355,16 +365,8 @@ class Run:
         last = progress.step == self.trainer.total_steps
         if due(config.export, before, progress) or last:
             self._export()
-        if due(config.checkpoint, before, progress) or last or result.asked & SAVE or self._minutes_passed():
+        if due(config.checkpoint, before, progress) or last or result.asked & SAVE:
             self._save()
-
-    def _minutes_passed(self) -> bool:
-        """Whether the main rank's clock says that a checkpoint is due."""
-        minutes = self.config.checkpoint.every_minutes
-        if minutes is None:
-            return False
-        passed = time.monotonic() - self._last_save > 60 * minutes
-        return bool(self.world.broadcast_object(passed))
 
     def _save(self) -> None:
         from kinema.training.state import training_state
@@ -378,7 +380,7 @@ class Run:
         }
         tensors = training_state(self.networks, self.trainer.optimizers, self.ema)
         self.checkpointer.save(self.trainer.progress.step, tensors, meta)
-        self._last_save = time.monotonic()
+        self.requests.saved()
 
     def _averaged(self) -> Any:
         """Inside, the networks hold the moving average if there is one."""
@@ -391,11 +393,11 @@ class Run:
 
         t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
         losses: dict[str, float] = {}
-        with self._averaged(), evaluating(self.networks.values()):
-            with torch.autocast(world.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32):
-                for name, data in self.evaluation_sets.items():
-                    batches = data.ordered_batches(size, world.dp_rank, world.dp_size)
-                    losses |= evaluate(name, batches, t.objective, t.networks, self.config.run.seed, world)
+        autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32)
+        with self._averaged(), evaluating(self.networks.values()), autocast:
+            for name, data in self.evaluation_sets.items():
+                batches = data.ordered_batches(size, world.dp_rank, world.dp_size)
+                losses |= evaluate(name, batches, t.objective, t.networks, self.config.run.seed, world)
         self.say("  ".join(f"{name} {value:.4f}" for name, value in losses.items() if "quantile" not in name))
         return losses
 
@@ -410,7 +412,9 @@ class Run:
         step = self.trainer.progress.step
         with self._averaged():
             for network in itertools.islice(self.networks.values(), 1):
-                export_weights(self.directory / "exports", step, self.family, network, self.config, self.world)
+                export_weights(
+                    self.directory / "exports", step, self.family, network, self.config, self.world
+                )
 
     def _finish(self) -> None:
         from kinema.ui.report import write_report
