@@ -110,9 +110,7 @@ def parse_overrides(argv: Sequence[str]) -> list[tuple[str, str]]:
     """Dotted flags as (key, text) pairs; UserError if there is anything else among the arguments."""
     pairs, rest = take_overrides(argv)
     if rest:
-        raise UserError(
-            f"'{rest[0]}' is no option; options of the configuration look like --optimizer.lr 2e-5"
-        )
+        raise UserError(f"'{rest[0]}' is no option; options of the configuration look like --optimizer.lr 2e-5")
     return pairs
 
 
@@ -216,9 +214,7 @@ def _override(data: dict[str, Any], key: str, text: str, origins: _Origins) -> N
             if part > len(container):
                 entries = f"{len(container)} {'entry' if len(container) == 1 else 'entries'}"
                 name = ".".join(str(one) for one in path[:depth])
-                origins.report_flag(
-                    key, f"--{key}: {name} has {entries}; the next one is number {len(container)}"
-                )
+                origins.report_flag(key, f"--{key}: {name} has {entries}; the next one is number {len(container)}")
                 return
             if part == len(container):
                 container.append(None)
@@ -312,9 +308,7 @@ def _wrong_value(path: KeyPath, data: Any, origins: _Origins) -> None:
     shown = toml_value(value) if not isinstance(value, dict) else "a table"
     if len(shown) > 60:
         shown = shown[:57] + "..."
-    origins.report(
-        path, f"{origins.name(path)}: expected {expected(slot)}, got {shown}{_hint(slot, value, path)}"
-    )
+    origins.report(path, f"{origins.name(path)}: expected {expected(slot)}, got {shown}{_hint(slot, value, path)}")
 
 
 def _hint(slot: Slot, value: Any, path: KeyPath) -> str:
@@ -325,11 +319,7 @@ def _hint(slot: Slot, value: Any, path: KeyPath) -> str:
         if near := nearest(value, slot.choices):
             return f'; did you mean "{near}"?'
         plain = from_text(slot, value)
-        return (
-            "; write it without quotes"
-            if not isinstance(plain, str) and (number or slot.accepts(bool))
-            else ""
-        )
+        return "; write it without quotes" if not isinstance(plain, str) and (number or slot.accepts(bool)) else ""
     if slot.is_list and isinstance(value, dict):
         return f"; write [[{dotted}]], one for each entry"
     if slot.is_list and not isinstance(value, list):

@@ -259,9 +259,7 @@ class TrainingConfig(Section):
             way_out = "on the command line, the value none sets one aside: --training.steps none"
             raise _refuse("epochs", f"give either training.steps or training.epochs, not both; {way_out}")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise _refuse(
-                "micro_batch_size", f"{self.micro_batch_size} is above batch_size = {self.batch_size}"
-            )
+            raise _refuse("micro_batch_size", f"{self.micro_batch_size} is above batch_size = {self.batch_size}")
         return self
 
 
@@ -374,17 +372,30 @@ class Config(Section):
     """One TOML file."""
 
     run: RunConfig = RunConfig()
+    """Where the run is kept and what makes it repeatable."""
     model: ModelConfig
+    """The model that is trained, and where its parts come from."""
     data: DataConfig
+    """What it is trained on."""
     adapter: AdapterConfig | None = None
     """Train an adapter; without this table the whole network trains."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
     training: TrainingConfig
+    """Length, batch, precision and memory of the training."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How weights are updated."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Training state, to resume from."""
     export: ExportConfig = ExportConfig()
+    """Weights in the layouts that other tools read; the last step always exports."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Loss on held-out data."""
     preview: PreviewConfig = PreviewConfig()
+    """Samples that are made while training goes on."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the run is laid over devices; start several with torchrun."""
     monitoring: MonitoringConfig = MonitoringConfig()
+    """What is written while training goes on."""

@@ -1,0 +1,315 @@
+"""The commands. Each only parses its arguments and calls; what is heavy is imported when its command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from kinema.errors import ConfigError, UserError
+
+app = typer.Typer(
+    name="kinema",
+    help="Train, fine-tune and sample open image and video diffusion models.",
+    epilog="With --debug anywhere on the line, a user's mistake shows its traceback too.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help panels would double the time of --help
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file; `kinema init` writes one.")]
+
+
+def main() -> None:
+    """Entry point of ``kinema`` and ``python -m kinema``.
+
+    Exit codes: 0 done, 2 a mistake of the user (its message on stderr), 130 interrupted, 1 anything else.
+    """
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(argv) < len(sys.argv) - 1
+    try:
+        app(args=argv, prog_name="kinema")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug or not (isinstance(error, UserError) or type(error).__module__.startswith("pydantic")):
+            raise
+        _say(error)
+        sys.exit(2)
+
+
+def _say(error: Exception) -> None:
+    """The message in red on stderr. Of several ranks that read one configuration, only the first speaks."""
+    if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    message = str(error)
+    start = "error:\n" if "\n" in message else "error: "
+    console.print(Text(start, style="bold red") + Text(message, style="red"))
+
+
+class ConfigCommand(TyperCommand):
+    """A command that takes a configuration and, anywhere on its line, dotted flags over it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from kinema.config.load import take_overrides
+
+        ctx.meta["overrides"], rest = take_overrides(args)
+        own = [flag for param in self.params for flag in (*param.opts, *param.secondary_opts)]
+        for argument in rest:
+            name = argument.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and name not in (*own, "--help"):
+                raise ConfigError(_unknown_flag(name, own))
+        return super().parse_args(ctx, rest)
+
+
+def _unknown_flag(name: str, own: list[str]) -> str:
+    from kinema.config.unknown import unknown_key
+    from kinema.suggest import nearest
+
+    if near := nearest(name, own, 0.8):
+        return f"unknown option {name}; did you mean {near}?"
+    return unknown_key((name.removeprefix("--").replace("-", "_"),), is_flag=True)[0]
+
+
+def _load(context: typer.Context, config: Path) -> Any:
+    from kinema.config.load import load_config
+
+    return load_config(config, context.meta["overrides"])
+
+
+def _config_command(name: str) -> Callable[[Any], Any]:
+    return app.command(
+        name,
+        cls=ConfigCommand,
+        epilog="Every value of CONFIG can be given here: --optimizer.lr 2e-5 --training.ema.decay 0.99; "
+        "`none` unsets an optional one. docs/configuration.md lists them all.",
+    )
+
+
+@_config_command("train")
+def train(  # noqa: PLR0917 - an option each
+    context: typer.Context,
+    config: ConfigFile,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest complete checkpoint of the run directory.")
+    ] = True,
+    resume_from: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="Go on from this checkpoint instead.")
+    ] = None,
+    weights_from: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="Begin anew with the weights of this checkpoint."),
+    ] = None,
+    reset_data: Annotated[
+        bool, typer.Option("--reset-data", help="Start the order of the data afresh.")
+    ] = False,
+    reset_optimizer: Annotated[
+        bool, typer.Option("--reset-optimizer", help="Forget the optimiser's state.")
+    ] = False,
+    reset_lr: Annotated[
+        bool, typer.Option("--reset-lr", help="Start the learning-rate schedule afresh.")
+    ] = False,
+) -> None:
+    """Train what CONFIG describes.
+
+    On several GPUs: torchrun --nproc-per-node N -m kinema train CONFIG
+    """
+    loaded = _load(context, config)
+    from kinema.training.resume import ResumeOptions
+
+    options = ResumeOptions(
+        resume=resume,
+        resume_from=resume_from,
+        weights_from=weights_from,
+        reset_data=reset_data,
+        reset_optimizer=reset_optimizer,
+        reset_lr=reset_lr,
+    )
+    from kinema.training.train import train as run_training
+
+    run_training(loaded, options)
+
+
+@_config_command("cache")
+def cache(context: typer.Context, config: ConfigFile) -> None:
+    """Prepare and cache the data of CONFIG.
+
+    Examines every file, lists what cannot be used and why, and caches latents and text. Trains nothing.
+    """
+    loaded = _load(context, config)
+    from kinema.data.dataset import prepare_data
+
+    prepare_data(loaded)
+
+
+@app.command()
+def sample(  # noqa: PLR0917 - an option each
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One video or picture for each.")],
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run directory: its model with what it trained.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Diffusers directory, hub id or checkpoint file.")
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="Family of --model; needed for a single file. `kinema models` lists them."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of --model; needed for a single file.")] = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to lead away from.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length; 1 makes a picture.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 turns it off.")] = None,
+    shift: Annotated[float | None, typer.Option(min=0, help="Time shift of the sampling schedule.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 0,
+    num_samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the files go; default: `samples` in --run or here."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda, cuda:1 or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="The averaged weights of --run, where it has them.")
+    ] = None,
+) -> None:
+    """Make a video or a picture of each PROMPT.
+
+    The weights are those of a run (--run) or of a model (--model, --family). Videos are mp4, pictures png.
+    """
+    options = dict(locals())
+    options["adapter"] = adapter or []
+    from kinema.sampling.command import sample as run_sampling
+
+    run_sampling(**options)
+
+
+@app.command()
+def init(
+    family: Annotated[str, typer.Argument(help="Kind of model; `kinema models` lists them.")],
+    variant: Annotated[
+        str | None, typer.Option(help="Which model of the family; default: the smallest.")
+    ] = None,
+    card: Annotated[
+        int, typer.Option(metavar="GB", help="Memory of the graphics card: 12, 16, 24, 48, 80...")
+    ] = 24,
+    full: Annotated[bool, typer.Option("--full", help="Train the whole network instead of a LoRA.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: print it.")
+    ] = None,
+) -> None:
+    """Write a commented configuration.
+
+    Sizes, lengths and memory options suit the card, by a rough estimate that the file states.
+    """
+    from kinema.config.init import template, write_new
+
+    text = template(family, variant, card, full)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_new(out, text)
+        typer.echo(f"wrote {out}; next: edit the path of your data in it, then `kinema train {out}`")
+
+
+@app.command()
+def schema() -> None:
+    """Print the configuration's JSON schema."""
+    import json
+
+    from kinema.config.reference import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+) -> None:
+    """List the families and their variants."""
+    from kinema.families.registry import family_class, family_names
+
+    rows: list[dict[str, Any]] = [
+        {
+            "family": name,
+            "variant": variant.name,
+            "modality": variant.modality,
+            "parameters": variant.parameters,
+            "hub": variant.hub,
+        }
+        for name in family_names()
+        for variant in family_class(name).variants.values()
+    ]
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("family", "variant", "makes", "parameters", "hub")
+    for row in rows:
+        size = f"{row['parameters'] / 1e9:.1f}B"
+        table.add_row(row["family"], row["variant"], row["modality"], size, row["hub"])
+    Console().print(table)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+) -> None:
+    """Write the report page of a run."""
+    from kinema.ui.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def quickstart() -> None:
+    """Train a small video model from nothing.
+
+    Makes videos of moving shapes, trains on them, samples unseen prompts and judges the samples.
+    """
+    from kinema.shapes.quickstart import main as run_quickstart
+
+    run_quickstart()
+
+
+@app.command()
+def version() -> None:
+    """Print versions."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    from kinema import __version__
+
+    typer.echo(f"kinema {__version__}\npython {platform.python_version()}")
+    for package in ("torch", "diffusers", "transformers", "peft"):
+        try:
+            typer.echo(f"{package} {installed(package)}")
+        except PackageNotFoundError:
+            typer.echo(f"{package} is not installed")
