@@ -72,9 +72,7 @@ def resolve(config: Config, device: torch.device) -> Config:
     if config.run.deterministic and device.type == "cuda":
         import os
 
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS repeats itself with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if config.training.precision != "auto":
@@ -89,9 +87,7 @@ def computes_in_bf16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Run:
@@ -117,9 +113,7 @@ class Run:
         self._build(checkpoint, weights, meta)
         trainer = self.trainer
         self._describe_run()
-        display = TrainingDisplay(
-            trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main
-        )
+        display = TrainingDisplay(trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main)
         self.display, self.say = display, display.say
         try:
             minutes = self.config.checkpoint.every_minutes
@@ -162,7 +156,7 @@ class Run:
 
         if checkpoint is None:
             return None
-        meta = read_meta(checkpoint)["meta"]
+        meta = read_meta(checkpoint)
         changes = compare(meta["config"], self.config.model_dump(mode="json"), self.options)
         self.say(f"Resuming from {checkpoint}")
         for change in changes:
@@ -179,8 +173,7 @@ class Run:
         if meta is not None:
             check_data(meta["dataset"], self.data.fingerprint, self.options)
         self.evaluation_sets = {
-            one.name: open_data(config, one.sources, self.family, world, self.say)
-            for one in config.evaluation.sets
+            one.name: open_data(config, one.sources, self.family, world, self.say) for one in config.evaluation.sets
         }
 
     @contextmanager
@@ -213,14 +206,16 @@ class Run:
 
         config, training = self.config, self.config.training
         self.networks = self._load_networks()
+        self.checkpointer = Checkpointer(
+            self.directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous, self.world
+        )
+        if weights is not None:
+            self._take_weights(weights)
         parameters = named_trainables(self.networks)
         optimizers = build_optimizers(parameters, self._block_matrices(), config.optimizer)
         self.ema = None if training.ema is None else Ema(parameters.items(), training.ema.decay)
         scale = LossScale() if training.precision == "fp16" else None
 
-        self.checkpointer = Checkpointer(
-            self.directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous, self.world
-        )
         progress = Progress()
         if checkpoint is not None and meta is not None:
             kept_optimizers = [] if self.options.reset_optimizer else optimizers
@@ -228,8 +223,6 @@ class Run:
             progress = Progress(**meta["progress"])
             if scale is not None and meta["loss_scale"] is not None:
                 scale.load_state_dict(meta["loss_scale"])
-        elif weights is not None:
-            self._take_weights(weights)
         total = self._total_steps(progress)
 
         @contextmanager
@@ -257,7 +250,7 @@ class Run:
 
     def _load_networks(self) -> dict[str, nn.Module]:
         from kinema.adapters.files import read_adapter
-        from kinema.adapters.lora import add_adapter, start_from
+        from kinema.adapters.lora import adaptable_modules, add_adapter, start_from
         from kinema.memory.checkpointing import checkpoint_blocks
         from kinema.parallel.data import shard
 
@@ -273,7 +266,11 @@ class Run:
             else:
                 add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
                 if config.adapter.init_from is not None:
-                    start_from(network, config.adapter, read_adapter(config.adapter.init_from, family))
+                    start_from(
+                        network,
+                        config.adapter,
+                        read_adapter(config.adapter.init_from, family, adaptable_modules(network)),
+                    )
             if config.training.activation_checkpointing:
                 checkpoint_blocks(family.blocks(network))
             shard(network, family.blocks(network), self.world)
@@ -294,10 +291,13 @@ class Run:
 
     def _take_weights(self, weights: Path) -> None:
         """Start from another run's trained weights alone: the averaged ones where it kept an average."""
-        from kinema.training.state import load_weights
+        from kinema.training.checkpoint import contents
+        from kinema.training.state import named_trainables
 
-        load_weights(self.checkpointer, weights, self.networks, self.ema)
-        self.say(f"Starting from the weights of {weights}")
+        averaged = any(name.startswith("ema.") for name in contents(weights))
+        tensors = {name: parameter.detach() for name, parameter in named_trainables(self.networks).items()}
+        self.checkpointer.load(weights, {"ema" if averaged else "networks": tensors})
+        self.say(f"Starting from the {'averaged ' if averaged else ''}weights of {weights}")
 
     def _total_steps(self, progress: Progress) -> int:
         """Length of the run; also settles where the data order and the schedule begin."""
@@ -412,9 +412,7 @@ class Run:
         step = self.trainer.progress.step
         with self._averaged():
             for network in itertools.islice(self.networks.values(), 1):
-                export_weights(
-                    self.directory / "exports", step, self.family, network, self.config, self.world
-                )
+                export_weights(self.directory / "exports", step, self.family, network, self.config, self.world)
 
     def _finish(self) -> None:
         from kinema.ui.report import write_report
