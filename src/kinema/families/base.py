@@ -21,6 +21,18 @@ Parts = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class SamplingDefaults:
+    """What a sample is like when nobody says otherwise: its size in pixels, its length, and how it is drawn."""
+
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+    fps: float = 16.0
+    steps: int = 50
+    guidance: float = 5.0
+
+
+@dataclass(frozen=True)
 class Variant:
     """One published model of a family. Its full configuration ships in ``families/configs/<family>/<name>/``."""
 
@@ -32,6 +44,8 @@ class Variant:
     """Names of the parts it has, as its diffusers directory names them."""
     hub: str
     """Where the community keeps it, for messages and ``kinema init``."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """What its authors sample with."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     variants: ClassVar[Mapping[str, Variant]]
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Names of the pipeline classes (``_class_name`` of ``model_index.json``) whose directories hold its models."""
     path: ClassVar[NoisePath] = NoisePath()
     grid: int
     """Height and width of a bucket are multiples of this (autoencoder compression times patch)."""
@@ -76,13 +92,25 @@ class Family(ABC):
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns that make one token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config = config
+        self.seed = seed
+        """Seed of ``model.random_weights``."""
 
     @property
     @abstractmethod
     def variant(self) -> Variant:
         """The variant of this configuration, read from ``config.variant`` or from the files at ``config.path``."""
+
+    @property
+    def from_image(self) -> bool:
+        """Whether the variant makes videos from a picture, its first frame."""
+        return False
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of text that the network sees; None is the pipeline's own default."""
+        return self.config.text_length
 
     @abstractmethod
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
