@@ -8,7 +8,7 @@ draws those has understood the words, because it has never seen the combination.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -212,10 +212,21 @@ def write_dataset(
     folder: Path, count: int, seed: int = 0, frames: int = FRAMES, size: int = SIZE, workers: int = 2
 ) -> list[Path]:
     """Writes `count` training clips as NNNNN.mp4 with NNNNN.txt beside them; held-out combinations never occur."""
+    return write_clips(folder, training_clips(count, seed), frames, size, workers)
+
+
+def write_clips(
+    folder: Path,
+    clips: Iterable[tuple[Combo, tuple[int, int]]],
+    frames: int = FRAMES,
+    size: int = SIZE,
+    workers: int = 2,
+) -> list[Path]:
+    """Writes clips, pairs of a combination and a seed, as NNNNN.mp4 with NNNNN.txt beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, i, combo, key, frames, size) for i, (combo, key) in enumerate(training_clips(count, seed))]
-    if workers <= 1 or count < 64:
+    jobs = [(folder, i, combo, key, frames, size) for i, (combo, key) in enumerate(clips)]
+    if workers <= 1 or len(jobs) < 64:
         return [_write_clip(*job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(_write_clip, *zip(*jobs, strict=True), chunksize=32))

@@ -101,30 +101,38 @@ class Run:
         self.display: TrainingDisplay = TrainingDisplay(0, 0, world.device, world.is_main)
         self.say = self.display.say
 
-    def train(self) -> None:
-        """Everything, in order."""
-        from kinema.training.display import TrainingDisplay
-        from kinema.training.loop import run_steps
-        from kinema.training.requests import Requests
-
+    def prepare(self) -> None:
+        """Everything before the first step: checks, data, networks, what an earlier process left."""
         checkpoint, weights = self._find_start()
         meta = self._compare_with(checkpoint)
         self._open_data(meta)
         self._build(checkpoint, weights, meta)
-        trainer = self.trainer
         self._describe_run()
+
+    def train(self) -> None:
+        """The whole run."""
+        from kinema.training.display import TrainingDisplay
+        from kinema.training.loop import run_steps
+        from kinema.training.requests import Requests
+
+        self.prepare()
+        trainer = self.trainer
         display = TrainingDisplay(trainer.total_steps, trainer.progress.step, self.world.device, self.world.is_main)
         self.display, self.say = display, display.say
         try:
             minutes = self.config.checkpoint.every_minutes
-            with display, Requests(self.directory, minutes) as self.requests, self._batches() as batches:
+            with display, Requests(self.directory, minutes) as self.requests, self.batches() as batches:
                 if trainer.progress.step == 0:
                     self._before_first_step()
-                run_steps(trainer, batches, self.requests, self._after_step)
+                run_steps(trainer, batches, self.requests, self.after_step)
             self._finish()
         finally:
-            self.checkpointer.close()
-            self.metrics.close()
+            self.close()
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.checkpointer.close()
+        self.metrics.close()
 
     # -- before anything expensive ---------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class Run:
         }
 
     @contextmanager
-    def _batches(self) -> Iterator[Iterator[tuple[Batch, int]]]:
+    def batches(self) -> Iterator[Iterator[tuple[Batch, int]]]:
         """This rank's batches from the current step on, built ahead in the background."""
         from kinema.data.dataset import Prefetcher
 
@@ -341,7 +349,7 @@ class Run:
         if self.config.preview.prompts and self.config.preview.before_first_step:
             self._preview()
 
-    def _after_step(self, before: Progress, result: StepResult, seconds: float) -> None:
+    def after_step(self, before: Progress, result: StepResult, seconds: float) -> None:
         """Log, evaluate, preview, export and, last, save: what a resumed run repeats after the checkpoint's step."""
         from kinema.training.loop import describe
         from kinema.training.requests import SAVE
