@@ -1,8 +1,8 @@
 """What networks predict, and the way from each kind of prediction to every other.
 
 On the flow path x_t = (1 - t) x_0 + t eps the four kinds are linear in each other, given x_t and t:
-velocity v = eps - x_0, so x_0 = x_t - t v and eps = x_t + (1 - t) v. (Rectified flow: Liu et al. 2023; the table of
-conversions: Salimans and Ho 2022, there for the variance-preserving path.)
+velocity v = eps - x_0, so x_0 = x_t - t v and eps = x_t + (1 - t) v. (Rectified flow: Liu et al. 2023; the
+table of conversions: Salimans and Ho 2022, there for the variance-preserving path.)
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ a tenth of the finest published time step, the division is by this, and the resu
 def convert(value: Tensor, source: Kind, target: Kind, x_t: Tensor, t: Tensor) -> Tensor:
     """A prediction of one kind as another kind.
 
-    ``value`` and ``x_t``: [B, ...]. ``t``: [B], or per latent position, broadcastable to ``x_t``. Half precision is
-    raised to float32, in which the result is returned (float64 stays): x_t - t v cancels near the ends.
+    ``value`` and ``x_t``: [B, ...]. ``t``: [B], or per latent position, broadcastable to ``x_t``. Half
+    precision is raised to float32, in which the result is returned (float64 stays): x_t - t v cancels near
+    the ends. Nothing is done when the kinds are the same.
     """
     import torch
 

@@ -30,9 +30,11 @@ def family_class(name: str) -> type[Family]:
         if point.name == name:
             return point.load()
     names = family_names()
-    raise ConfigError(f"model.family: there is no family '{name}'{did_you_mean(name, names)} Known: {', '.join(names)}.")
+    raise ConfigError(
+        f"model.family: there is no family '{name}'{did_you_mean(name, names)} Known: {', '.join(names)}."
+    )
 
 
-def open_family(config: ModelConfig) -> Family:
-    """The family of a model configuration, bound to it; loads no weights."""
-    return family_class(config.family)(config)
+def open_family(config: ModelConfig, seed: int = 0) -> Family:
+    """The family of a model configuration, bound to it; loads no weights. ``seed`` draws random weights."""
+    return family_class(config.family)(config, seed)

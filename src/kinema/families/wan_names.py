@@ -7,14 +7,12 @@ The original names are those of the files that Wan-AI publishes and ComfyUI read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from kinema.families.names import NameMap
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 NETWORK = NameMap(
     [
@@ -91,21 +89,26 @@ _IMAGE_ENCODER = NameMap(
 ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``."""
 
 
-def text_encoder_from_original(state: Mapping[str, T]) -> dict[str, T]:
-    """Original names, or transformers' own (ComfyUI's files), to transformers'."""
-    if not any(name.startswith("blocks.") for name in state):
-        return dict(state)
-    return TEXT_ENCODER.restore_all(state)
+def autoencoder_from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of ``Wan2.1_VAE.pth`` (ComfyUI's file has the same), or diffusers' own, to diffusers'."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    return convert_wan_vae_to_diffusers(state) if "encoder.conv1.weight" in state else state
+
+
+def text_encoder_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Original names, or transformers' own (ComfyUI's files, which carry the tokenizer too), to transformers'."""
+    if "token_embedding.weight" in state:
+        return TEXT_ENCODER.restore_all(state)
+    return {name: value for name, value in state.items() if name != "spiece_model"}
 
 
 def image_encoder_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The visual tower of an XLM-RoBERTa CLIP file (its textual one is left out), or transformers' own names with
-    or without the ``vision_model.`` prefix that older versions wrote, to transformers' names."""
+    """The visual tower of an XLM-RoBERTa CLIP file (its textual one is left out), or transformers' own names
+    with or without the ``vision_model.`` prefix that older versions wrote, to transformers' names."""
     if "visual.cls_embedding" not in state:
         return {name.removeprefix("vision_model."): value for name, value in state.items()}
-    visual = {
-        name: value for name, value in state.items() if name.startswith("visual.") and name != "visual.head"
-    }
+    visual = {name: value for name, value in state.items() if name.startswith("visual.") and name != "visual.head"}
     result: dict[str, Tensor] = {}
     for name, value in _IMAGE_ENCODER.restore_all(visual).items():
         if ".qkv_proj." in name:

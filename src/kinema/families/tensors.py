@@ -1,0 +1,164 @@
+"""Weight files: which of a directory hold a model, reading them without copying, telling what they are."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from kinema.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_FP8_SCALES = (".scale_weight", ".weight_scale")
+_FP8_EXTRAS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
+
+_SIGNS = (
+    ("a LoRA or another adapter", r"lora_|\.lora\.|\.hada_|\.lokr_|\.diff(_b)?$"),
+    ("a whole checkpoint with several parts", r"^first_stage_model\.|^cond_stage_model\."),
+    ("an autoencoder", r"(^|\.)decoder\.(conv1|conv_in|up_blocks|upsamples|up)\."),
+    ("a CLIP image encoder", r"^visual\.|^(vision_model\.)?embeddings\.class_embedding$"),
+    ("a T5 text encoder", r"^encoder\.block\.\d+\.layer\.|^token_embedding\."),
+    ("a diffusion network", r"(^|\.)(transformer_|double_|single_)?blocks\.\d+\."),
+    ("an optimiser state", r"exp_avg|^optimizer"),
+)
+
+
+def looks_like(names: Iterable[str]) -> str:
+    """What a file with these tensor names most likely holds, in words that follow "it looks like"."""
+    names = list(names)
+    for what, pattern in _SIGNS:
+        if any(re.search(pattern, name) for name in names):
+            return what
+    return "something that kinema does not know"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of the model in this directory, shards or one; safetensors first.
+
+    Plain names win over variants (``model.fp16.safetensors``), bf16 over other variants. [] if there are none.
+    UserError names a shard that is missing.
+    """
+    for suffix in (".safetensors", ".bin"):
+        for stem in _STEMS:
+            for index in _plain_first(directory.glob(f"{stem}{suffix}.index*.json")):
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                missing = [shard for shard in shards if not (directory / shard).is_file()]
+                if missing:
+                    raise UserError(
+                        f"{directory}: {len(missing)} of {len(shards)} shards are missing, the first is "
+                        f"{missing[0]}. Download them again; {index.name} lists them all."
+                    )
+                return [directory / shard for shard in shards]
+            for file in _plain_first(directory.glob(f"{stem}*{suffix}")):
+                return [file]
+    return []
+
+
+def _plain_first(files: Iterable[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: (file.name.count("."), ".bf16." not in file.name, file.name))
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of these files, memory-mapped: nothing is read before it is used.
+
+    Files other than safetensors are read with ``weights_only``: code in them is never run. Wrappers
+    (``{"state_dict": ...}``) are opened, and the prefix of ComfyUI's full-model files is taken off.
+    """
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
+    return _without_prefix(state)
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, as `read_tensors` names them; of safetensors the header alone is read, without torch."""
+    if any(file.suffix != ".safetensors" for file in files):
+        return {name: tuple(value.shape) for name, value in read_tensors(files).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+            raise UserError(f"{file} has no safetensors header ({type(error).__name__}). {_advice(file)}") from None
+    return _without_prefix(shapes)
+
+
+def _without_prefix(state: dict[str, T]) -> dict[str, T]:
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        if any(name.startswith(prefix) for name in state):
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return state
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}). {_advice(file)}") from None
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} holds more than tensors. Loading it could run code of its author, so kinema refuses. "
+            "Use a .safetensors file, or convert this one where you trust it."
+        ) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"{file} cannot be read ({error}). {_advice(file)}") from None
+    for key in ("state_dict", "model_state", "module", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not named tensors.")
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _advice(file: Path) -> str:
+    with file.open("rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            return "It is a Git LFS pointer: run `git lfs pull` to fetch the file itself."
+    return f"It has {file.stat().st_size} bytes; if the download broke off, fetch it again."
+
+
+def undo_fp8_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """ComfyUI's scaled float8 files: each weight times its scale, in ``dtype``; other files unchanged."""
+    scales: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for ending in _FP8_SCALES:
+            if name.endswith(ending):
+                scales[name.removesuffix(ending) + ".weight"] = value
+    if not scales:
+        return dict(state)
+    result = {}
+    for name, value in state.items():
+        if name.endswith((*_FP8_SCALES, *_FP8_EXTRAS)):
+            continue
+        if name in scales:
+            scale = scales[name].float()
+            scale = scale.view(*scale.shape, *[1] * (value.ndim - scale.ndim))
+            result[name] = (value.float() * scale).to(dtype)
+        else:
+            result[name] = value
+    return result
