@@ -57,7 +57,16 @@ class SampleSettings:
     @property
     def call(self) -> tuple[Any, ...]:
         """What samples that share a pipeline call must have in common."""
-        return (self.height, self.width, self.frames, self.steps, self.guidance, self.image, self.shift, self.text_length)
+        return (
+            self.height,
+            self.width,
+            self.frames,
+            self.steps,
+            self.guidance,
+            self.image,
+            self.shift,
+            self.text_length,
+        )
 
 
 def sample_one(
@@ -72,18 +81,20 @@ def sample_many(
     settings: Sequence[SampleSettings],
     device: torch.device | str = "cpu",
     on_step: OnStep | None = None,
+    *,
     batch: int | None = None,
+    texts: Texts | None = None,
 ) -> Iterator[Tensor]:
     """Samples in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
     `BATCH_PIXELS` allows). The network must be on ``device``; text encoders are moved there for their turn, the
-    other parts for the length of the sampling, and all of them back to where they were.
+    other parts for the length of the sampling, and all of them back to where they were. ``texts``: embeddings from
+    before; the pipeline then needs no text encoder for the texts that they hold.
     """
     groups = _groups(settings, batch)
-    texts = _Texts(pipeline, device)
-    with _on_device(_text_encoders(pipeline), device):
-        texts.encode(settings)
+    texts = texts or Texts(pipeline)
+    texts.encode(settings, device)
     held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
     with _on_device(held, device):
         for group in groups:
@@ -112,11 +123,6 @@ def _groups(settings: Sequence[SampleSettings], batch: int | None) -> list[list[
 
 def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
-
-
-def takes_image(pipeline_class: type) -> bool:
-    """Whether the pipeline starts from a picture."""
-    return "image" in inspect.signature(pipeline_class.__call__).parameters  # type: ignore[operator]
 
 
 def _arguments(pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, Any]:
@@ -148,9 +154,11 @@ def first_frame(path: Path, height: int, width: int) -> Image.Image:
     """The picture at the sample's size, by the transform that training clips go through."""
     from PIL import Image
 
-    from kinema.data.media import Clip, Transform, decode_clip
+    from kinema.data.buckets import Clip
+    from kinema.data.media import decode_clip
+    from kinema.data.transform import Transform
 
-    pixels = decode_clip(path, Clip(start=0, frames=1, fps=1.0), Transform(height, width))
+    pixels = decode_clip(path, Clip(), Transform(height, width))
     return Image.fromarray(pixels[:, 0].transpose(1, 2, 0))
 
 
@@ -162,17 +170,17 @@ def _reporter(on_step: OnStep, group: list[int], steps: int) -> Callable[..., di
     return report
 
 
-class _Texts:
+class Texts:
     """Embeddings of texts, each encoded once and alone.
 
     ``apart``: whether the pipeline's text can be encoded apart from its call. That is so where the call takes an
     embedding for the prompt and one for the negative prompt and nothing besides; other pipelines get the words.
     """
 
-    def __init__(self, pipeline: Any, device: torch.device | str) -> None:
+    def __init__(self, pipeline: Any) -> None:
         known = _parameters(pipeline)
         of_text = {name for name in known if "prompt" in name and ("embeds" in name or "mask" in name)}
-        self.pipeline, self.device = pipeline, device
+        self.pipeline = pipeline
         self.apart = of_text == {"prompt_embeds", "negative_prompt_embeds"}
         self.has_negative = "negative_prompt" in known
         length = known.get("max_sequence_length")
@@ -180,24 +188,28 @@ class _Texts:
         self.default_length: int | None = None if length is None else length.default
         self.found: dict[tuple[str, int | None], Tensor] = {}
 
-    def encode(self, settings: Sequence[SampleSettings]) -> None:
-        """Encode the texts of these samples that are not known yet, if that can be done apart."""
+    def encode(self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu") -> None:
+        """Encode on ``device`` the texts of these samples that are not known yet, if that can be done apart."""
         if not self.apart:
             return
-        for one in settings:
-            for text in (one.prompt, one.negative) if one.guidance > 1 else (one.prompt,):
-                key = (text, one.text_length or self.default_length)
-                if key not in self.found:
-                    self.found[key] = self._encode(*key)
+        wanted = {
+            (text, one.text_length or self.default_length)
+            for one in settings
+            for text in ((one.prompt, one.negative) if one.guidance > 1 else (one.prompt,))
+        }
+        missing = sorted(wanted - self.found.keys())
+        if missing:
+            with _on_device(_text_encoders(self.pipeline), device):
+                self.found.update((key, self._encode(*key, device)) for key in missing)
 
-    def _encode(self, text: str, length: int | None) -> Tensor:
+    def _encode(self, text: str, length: int | None, device: torch.device | str) -> Tensor:
         """[1, tokens, channels]"""
         import torch
 
         extra = {} if length is None else {"max_sequence_length": length}
         with torch.no_grad():
             embedding, _ = self.pipeline.encode_prompt(
-                prompt=text, do_classifier_free_guidance=False, device=torch.device(self.device), **extra
+                prompt=text, do_classifier_free_guidance=False, device=torch.device(device), **extra
             )
         return embedding
 

@@ -59,9 +59,8 @@ def write_video(
     path, pixels = Path(path), to_uint8(frames)
     expected = suffix(len(pixels))
     if path.suffix != expected:
-        raise UserError(
-            f"{path}: {len(pixels)} frame(s) are written as {expected}; name the file {path.with_suffix(expected).name}."
-        )
+        name = path.with_suffix(expected).name
+        raise UserError(f"{path}: {len(pixels)} frame(s) are written as {expected}; name the file {name}.")
     text = json.dumps(metadata or {}, sort_keys=True)
     with _whole_or_not_at_all(path) as temporary:
         if expected == ".png":

@@ -1,0 +1,129 @@
+"""What somebody asks to be sampled: defaults of a variant or a run, and checks that need no weights.
+
+Nothing here imports torch: a size that the model cannot make is refused within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kinema.config.schema import Config
+from kinema.data.buckets import size_for
+from kinema.errors import UserError
+from kinema.families.base import Family, SamplingDefaults
+
+SLUG_LENGTH = 60
+
+
+@dataclass(frozen=True)
+class RunDefaults(SamplingDefaults):
+    """What a run samples with, where the command says nothing else."""
+
+    negative: str = ""
+
+
+def defaults_of_variant(family: Family) -> RunDefaults:
+    """The size and schedule that the variant's authors sample with."""
+    return RunDefaults(**vars(family.variant.sampling))
+
+
+def defaults_of_run(config: Config, family: Family) -> RunDefaults:
+    """The run's preview settings; size and length from its first resolution and its longest clips."""
+    buckets, preview = config.data.buckets, config.preview
+    if buckets.sizes:
+        height, width = buckets.sizes[0]
+    else:
+        aspect = min(max(1.0, buckets.min_aspect), buckets.max_aspect)
+        height, width = size_for(aspect, buckets.resolutions[0] ** 2, family.grid)
+    image = family.variant.modality == "image"
+    return RunDefaults(
+        height=preview.height or height,
+        width=preview.width or width,
+        frames=preview.frames or (1 if image else max(buckets.frames)),
+        fps=preview.fps or buckets.fps or family.variant.sampling.fps,
+        steps=preview.steps,
+        guidance=preview.guidance,
+        negative=preview.negative_prompt,
+    )
+
+
+def check_size(family: Family, height: int, width: int, frames: int, prefix: str = "--") -> None:
+    """UserError, naming the nearest valid values, unless the family makes samples of this size.
+
+    ``prefix`` comes before the names of the options: ``--`` or ``preview.``.
+    """
+    grid, stride = family.grid, family.frame_stride
+    for name, value in (("height", height), ("width", width)):
+        if value < grid or value % grid:
+            near = _nearest(value, grid, grid)
+            raise UserError(f"{prefix}{name} {value}: {family.name} makes multiples of {grid}; nearest: {near}.")
+    if family.variant.modality == "image" and frames != 1:
+        raise UserError(f"{prefix}frames {frames}: {family.variant.name} makes pictures, which have 1 frame.")
+    if frames < 1 or (frames - 1) % stride:
+        near = _nearest(frames, stride, 1)
+        raise UserError(f"{prefix}frames {frames}: {family.name} makes {stride} k + 1 frames; nearest: {near}.")
+
+
+def _nearest(value: int, step: int, first: int) -> str:
+    """The values first, first + step, ... on both sides of ``value``."""
+    below = first + max(0, (value - first) // step) * step
+    return str(below) if value < below else f"{below} or {below + step}"
+
+
+def check_image(family: Family, image: Path | None, name: str = "--image") -> None:
+    """UserError if a picture is needed and not given, given and not taken, or cannot be read."""
+    if family.from_image and image is None:
+        raise UserError(f"{family.variant.name} makes a video from its first frame: give the picture with {name}.")
+    if image is None:
+        return
+    if not family.from_image:
+        raise UserError(f"{name} {image}: {family.variant.name} makes videos from text alone; leave it away.")
+    from kinema.data.media import probe
+
+    probe(image)
+
+
+def check_previews(config: Config, family: Family) -> None:
+    """UserError if the previews of a configuration cannot be made; call it before anything is loaded."""
+    preview = config.preview
+    if not preview.prompts:
+        return
+    size = defaults_of_run(config, family)
+    check_size(family, size.height, size.width, size.frames, "preview.")
+    for image in preview.images or (None,):
+        check_image(family, image, "preview.images")
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: lower-case words of ASCII letters and digits joined by ``-``.
+
+    Where words are lost by that (other scripts, the cut at 60 characters) six digits of the prompt's hash
+    tell it from others.
+    """
+    plain = unicodedata.normalize("NFKD", prompt)
+    plain = "".join(c for c in plain if not unicodedata.combining(c)).lower()
+    words = "-".join(re.findall(r"[a-z0-9]+", plain))
+    lost = not plain.isascii() or len(words) > SLUG_LENGTH
+    if len(words) > SLUG_LENGTH:
+        words = words[:SLUG_LENGTH].rpartition("-")[0] or words[:SLUG_LENGTH]
+    parts = [words, _digest(prompt) if lost else ""]
+    return "-".join(part for part in parts if part) or "empty"
+
+
+def distinct_slugs(prompts: Sequence[str]) -> dict[str, str]:
+    """A slug for each prompt; prompts that differ in what a slug drops get six digits of their hash too."""
+    slugs = {prompt: slug(prompt) for prompt in dict.fromkeys(prompts)}
+    taken: dict[str, str] = {}
+    for prompt, name in slugs.items():
+        if taken.setdefault(name, prompt) != prompt:
+            slugs[prompt] = f"{name}-{_digest(prompt)}"
+    return slugs
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.blake2b(prompt.encode(), digest_size=3).hexdigest()

@@ -1,0 +1,166 @@
+"""Samples from the network in training, through the same pipeline as ``kinema sample``.
+
+A preview changes nothing: the global random state, the modes of the modules and the places of the parts are
+afterwards what they were. Text is encoded once, at the first preview, and its encoder let go; the autoencoder stays
+in CPU memory between previews.
+
+Replicated weights: the main rank samples alone, the others go on to the next collective call and wait there. Sharded
+weights (FSDP2): every forward pass gathers parameters, so all ranks draw all prompts; only the main rank writes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.config.schema import Config
+from kinema.families.base import Family, Parts
+from kinema.sampling.command import add_to_index, prepare_index
+from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
+from kinema.sampling.request import check_previews, defaults_of_run, slug
+from kinema.sampling.weights import part_dtype
+from kinema.sampling.writing import suffix, write_video
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kinema.parallel.mesh import World
+
+
+class Previewer:
+    """Makes the previews of a run. Making one loads nothing; UserError for previews that cannot be made."""
+
+    def __init__(self, config: Config, family: Family, world: World) -> None:
+        check_previews(config, family)
+        self.config, self.family, self.world = config, family, world
+        self.settings = preview_settings(config, family)
+        self.parts: Parts = {}
+        self.texts: Texts | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank has to run the network."""
+        return self.world.is_main or self.world.dp_shard > 1
+
+    def preview(self, step: int, network: nn.Module) -> list[Path]:
+        """Sample the configured prompts from ``network``, on the run's device, as it is (the caller swaps averages
+        in). Writes ``previews/step-XXXXXXXX/NN-words.mp4`` (or png) and ``index.jsonl``; the main rank returns the
+        paths, other ranks nothing."""
+        if not self.takes_part or not self.settings:
+            return []
+        folder = self.config.run.dir / "previews" / f"step-{step:08d}"
+        fps = defaults_of_run(self.config, self.family).fps
+        names = [f"{i:02d}-{slug(one.prompt)}{suffix(one.frames)}" for i, one in enumerate(self.settings)]
+        if self.world.is_main:
+            prepare_index(folder, names)
+        with untouched_randomness(), in_eval_mode(network), self._computing(network):
+            pipeline = self._pipeline(network)
+            samples = sample_many(pipeline, self.settings, self.world.device, texts=self.texts)
+            for name, one, frames in zip(names, self.settings, samples, strict=True):
+                if self.world.is_main:
+                    entry = {**one.to_json(), "fps": fps, "step": step}
+                    write_video(frames, folder / name, fps, entry)
+                    add_to_index(folder, {"file": name, **entry})
+        return [folder / name for name in names] if self.world.is_main else []
+
+    def _pipeline(self, network: nn.Module) -> Any:
+        """The family's pipeline over ``network``. The first time, the other parts are loaded and the text encoded."""
+        first = self.texts is None
+        if first:
+            for part in self.family.variant.parts:
+                if part != "network":
+                    self.parts[part] = self.family.load(part, "cpu", part_dtype(part, self._dtype))
+        pipeline = self.family.pipeline({**self.parts, "network": network})
+        pipeline.set_progress_bar_config(disable=True)
+        if self.texts is None:
+            self.texts = Texts(pipeline)
+            self.texts.encode(self.settings, self.world.device)
+            if self.texts.apart:
+                for part in [name for name in self.parts if name.startswith("text_encoder")]:
+                    del self.parts[part]
+                pipeline = self.family.pipeline({**self.parts, "network": network})
+                pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return kinds[self.config.training.precision]
+
+    @contextmanager
+    def _computing(self, network: nn.Module) -> Iterator[None]:
+        """The network, and it alone, computes in the precision that it trains with."""
+        import torch
+
+        if self._dtype == torch.float32:
+            with nullcontext():
+                yield
+            return
+        own = network.__dict__.get("forward")
+        forward = network.forward
+        device = self.world.device.type
+
+        def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(device, self._dtype):
+                return forward(*args, **kwargs)
+
+        network.forward = autocast_forward
+        try:
+            yield
+        finally:
+            del network.forward
+            if own is not None:
+                network.forward = own
+
+
+def preview_settings(config: Config, family: Family) -> list[SampleSettings]:
+    """One sample for each prompt of the configuration, with seeds that count up."""
+    preview, wanted = config.preview, defaults_of_run(config, family)
+    return [
+        SampleSettings(
+            prompt=prompt,
+            height=wanted.height,
+            width=wanted.width,
+            frames=wanted.frames,
+            steps=wanted.steps,
+            guidance=wanted.guidance,
+            seed=preview.seed + i,
+            negative=wanted.negative,
+            image=preview.images[i] if preview.images else None,
+            text_length=family.text_length,
+        )
+        for i, prompt in enumerate(preview.prompts)
+    ]
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Python's, numpy's and torch's global generators (of all devices) are afterwards where they were."""
+    import numpy as np
+    import torch
+
+    ours, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda"):
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numpys)
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module is afterwards in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
