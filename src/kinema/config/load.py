@@ -145,7 +145,7 @@ _PLAIN_WORDS = (
     ("Unclosed inline", "an inline table is not closed; a '}' is missing"),
     ("Unterminated string", "text is not closed; a quote is missing"),
     ("Expected '='", "expected key = value; the '=' is missing"),
-    ("Unescaped '\\\\'", "a backslash in double quotes begins an escape; use single quotes or '\\\\\\\\'"),
+    ("Unescaped", "a backslash begins an escape in double quotes; use single quotes, or two backslashes"),
     ("Illegal character", "text in single quotes of one kind must end on its line; a quote is missing"),
 )
 

@@ -33,9 +33,7 @@ PathOrHub = Annotated[str, AfterValidator(_expand_home_text)]
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _refuse(key: str, message: str) -> PydanticCustomError:
@@ -275,7 +273,7 @@ class Every(Section):
 
 
 class CheckpointConfig(Every):
-    every_minutes: float | None = Field(default=30, gt=0)
+    every_minutes: float | None = Field(default=30.0, gt=0)
     """Every so many minutes."""
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints to keep."""
