@@ -34,9 +34,7 @@ def run(network: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.T
     text = torch.randn(1, 6, 20, generator=draw).to(dtype)
     image = torch.randn(1, 5, 24, generator=draw).to(dtype) if network.config.image_dim else None
     with torch.no_grad():
-        return network(x, torch.tensor([400.0]), text, encoder_hidden_states_image=image, return_dict=False)[
-            0
-        ]
+        return network(x, torch.tensor([400.0]), text, encoder_hidden_states_image=image, return_dict=False)[0]
 
 
 def train_a_little(network: torch.nn.Module, seed: int = 1) -> None:

@@ -48,7 +48,11 @@ def test_diffusers_pipelines_read_both_layouts_to_the_same_output(tmp_path, imag
     expected = run(network)
     assert (expected - run(tiny_network(image))).abs().max() > 1e-2, "the adapter does nothing"
     save_diffusers(
-        tmp_path / "pytorch_lora_weights.safetensors", adapter_state(network), 4, alpha, {"a": "b"}
+        tmp_path / "pytorch_lora_weights.safetensors",
+        adapter_state(network),
+        rank=4,
+        alpha=alpha,
+        metadata={"a": "b"},
     )
     (tmp_path / "comfyui").mkdir()
     comfyui = tmp_path / "comfyui" / "some-name.safetensors"
@@ -67,9 +71,7 @@ def test_diffusers_reads_layers_outside_the_blocks(tmp_path, alpha):
     """Its importer refuses an alpha there, so the file must not have one."""
     targets = (*TARGETS, "proj_out", "time_proj", r"text_embedder\.linear_[12]", r"ff\.net\.(0\.proj|2)")
     network = trained(True, alpha, targets)
-    save_comfyui(
-        tmp_path / "x.safetensors", adapter_state(network), rank=4, alpha=alpha, names=NAMES, metadata={}
-    )
+    save_comfyui(tmp_path / "x.safetensors", adapter_state(network), rank=4, alpha=alpha, names=NAMES, metadata={})
     pipe = pipeline(True)
     pipe.load_lora_weights(tmp_path / "x.safetensors")
     torch.testing.assert_close(run(pipe.transformer), run(network), rtol=1e-6, atol=1e-6)
@@ -95,9 +97,7 @@ def comfyui_patches(path, original_keys):
 @ALPHAS
 def test_comfyui_finds_every_layer_and_the_same_update(tmp_path, alpha):
     network = trained(True, alpha, (*TARGETS, "proj_out"))
-    save_comfyui(
-        tmp_path / "x.safetensors", adapter_state(network), rank=4, alpha=alpha, names=NAMES, metadata={}
-    )
+    save_comfyui(tmp_path / "x.safetensors", adapter_state(network), rank=4, alpha=alpha, names=NAMES, metadata={})
     base = NAMES.to_original(tiny_network(True).state_dict())
     patches = comfyui_patches(tmp_path / "x.safetensors", base)
     assert len(patches) == 2 * 12 + 1
@@ -174,6 +174,26 @@ def test_layers_of_several_ranks_and_alphas(tmp_path):
         torch.testing.assert_close(value, expected.get(name, base[name]), rtol=1e-5, atol=1e-5)
 
 
+def test_updates_of_several_adapters_add_up(tmp_path):
+    base = tiny_network().state_dict()
+    expected = {name: value.clone() for name, value in base.items()}
+    network = tiny_network()
+    for i, (rank, targets) in enumerate([(4, TARGETS), (2, ("to_q", "proj_out"))]):
+        one = tiny_network()
+        add_adapter(one, AdapterConfig(rank=rank, alpha=3.0), targets, seed=i)
+        train_a_little(one, seed=i)
+        path = tmp_path / f"{i}.safetensors"
+        save_diffusers(path, adapter_state(one), rank=rank, alpha=3.0, metadata={})
+        attach_adapter(network, read_adapter(path, NAMES, adaptable_modules(network)))
+        merge_adapter(one)
+        for name, value in one.state_dict().items():
+            expected[name] += value - base[name]
+    together = run(network)
+    merge_adapter(network)
+    torch.testing.assert_close(network.state_dict(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(network), together, rtol=1e-5, atol=1e-5)
+
+
 @ALPHAS
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 def test_training_starts_from_a_file(tmp_path, layout, alpha):
@@ -200,9 +220,7 @@ def test_a_start_that_does_not_fit_is_told(tmp_path):
     adapter = read_adapter(path, NAMES, adaptable_modules(network))
     config = AdapterConfig(rank=8, init_from=path)
     add_adapter(network, config, TARGETS, seed=0)
-    with pytest.raises(
-        UserError, match=r"start\.safetensors has rank 4 .* adapter\.rank is 8. Set adapter\.rank = 4"
-    ):
+    with pytest.raises(UserError, match=r"start\.safetensors has rank 4 .* adapter\.rank is 8. Set adapter\.rank = 4"):
         start_from(network, config, adapter)
     network = tiny_network()
     config = AdapterConfig(rank=4, init_from=path)
@@ -242,15 +260,11 @@ def test_files_that_are_no_adapter_for_this_network_are_told(tmp_path):
 def test_headers_say_where_a_file_is_from(tmp_path):
     base = tmp_path / "someone" / "base-model"
     base.mkdir(parents=True)
-    metadata = file_metadata(
-        title="shapes", base_model=str(base), architecture="wan/lora", config_hash="abc", step=12
-    )
+    metadata = file_metadata(title="shapes", base_model=str(base), architecture="wan/lora", config_hash="abc", step=12)
     network = trained(False, 2.0)
     for save in (
         lambda path: save_diffusers(path, adapter_state(network), rank=4, alpha=2.0, metadata=metadata),
-        lambda path: save_comfyui(
-            path, adapter_state(network), rank=4, alpha=2.0, names=NAMES, metadata=metadata
-        ),
+        lambda path: save_comfyui(path, adapter_state(network), rank=4, alpha=2.0, names=NAMES, metadata=metadata),
     ):
         save(tmp_path / "x.safetensors")
         with safe_open(tmp_path / "x.safetensors", framework="pt") as handle:

@@ -81,9 +81,7 @@ def test_fp32_adapter_on_a_bf16_base_trains_in_and_out_of_autocast(autocast):
     assert {p.dtype for p in adapter_parameters(network).values()} == {torch.float32}
     x = torch.randn(1, 16, 2, 4, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = network(x, torch.tensor([400]), torch.randn(1, 6, 20, dtype=torch.bfloat16), return_dict=False)[
-            0
-        ]
+        out = network(x, torch.tensor([400]), torch.randn(1, 6, 20, dtype=torch.bfloat16), return_dict=False)[0]
     out.float().square().mean().backward()
     for name, parameter in adapter_parameters(network).items():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name

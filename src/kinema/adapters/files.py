@@ -64,9 +64,7 @@ class AdapterFile:
     def ranks(self) -> dict[str, int]:
         """Rank of each layer."""
         end = ".lora_A.weight"
-        return {
-            name.removesuffix(end): value.shape[0] for name, value in self.state.items() if name.endswith(end)
-        }
+        return {name.removesuffix(end): value.shape[0] for name, value in self.state.items() if name.endswith(end)}
 
 
 def save_diffusers(
@@ -133,19 +131,13 @@ def read_adapter(path: Path, names: Names, modules: Collection[str]) -> AdapterF
     file = _locate(path)
     tensors, metadata = _read_tensors(file)
     alphas = {
-        name.removesuffix(".alpha"): float(tensors.pop(name))
-        for name in list(tensors)
-        if name.endswith(".alpha")
+        name.removesuffix(".alpha"): float(tensors.pop(name)) for name in list(tensors) if name.endswith(".alpha")
     }
     factors = {_plain_ending(name): value for name, value in tensors.items()}
     strange = sorted(name for name in factors if not name.endswith((".lora_A.weight", ".lora_B.weight")))
     if strange or not factors:
-        what = (
-            f"{len(strange)} tensors are none, for instance {strange[0]}" if strange else "it has no tensor"
-        )
-        raise UserError(
-            f"{file}: expected a LoRA of pairs lora_A, lora_B (or lora_down, lora_up), but {what}."
-        )
+        what = f"{len(strange)} tensors are none, for instance {strange[0]}" if strange else "it has no tensor"
+        raise UserError(f"{file}: expected a LoRA of pairs lora_A, lora_B (or lora_down, lora_up), but {what}.")
     if all(name.startswith("lora_unet_") for name in factors):
         rename = _kohya_names(names, modules)
     elif any(name.startswith("diffusion_model.") for name in factors):
@@ -173,17 +165,13 @@ def _locate(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(
-            f"{path}: there is no such file. Expected an adapter (.safetensors) or a directory with one."
-        )
+        raise UserError(f"{path}: there is no such file. Expected an adapter (.safetensors) or a directory with one.")
     if (path / DIFFUSERS_FILE).is_file():
         return path / DIFFUSERS_FILE
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("comfyui/*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise UserError(
-            f"{path}: expected one adapter file (.safetensors), found {found}. Name the file itself."
-        )
+        raise UserError(f"{path}: expected one adapter file (.safetensors), found {found}. Name the file itself.")
     return files[0]
 
 
@@ -255,9 +243,7 @@ def _one_scale(
     for layer in _layers(state):
         a, b = state.get(f"{layer}.lora_A.weight"), state.get(f"{layer}.lora_B.weight")
         if a is None or b is None or a.shape[0] != b.shape[1]:
-            raise UserError(
-                f"{file}: {layer} lacks lora_A or lora_B, or their ranks differ. Is the file complete?"
-            )
+            raise UserError(f"{file}: {layer} lacks lora_A or lora_B, or their ranks differ. Is the file complete?")
         ranks[layer] = a.shape[0]
     scales = {layer: alphas.get(layer, rank) / rank for layer, rank in ranks.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -268,9 +254,7 @@ def _one_scale(
     return AdapterFile(state, rank, scale * rank, metadata)
 
 
-def file_metadata(
-    *, title: str, base_model: str, architecture: str, config_hash: str, step: int
-) -> dict[str, str]:
+def file_metadata(*, title: str, base_model: str, architecture: str, config_hash: str, step: int) -> dict[str, str]:
     """Header of a weight file: what tools show of it (https://github.com/Stability-AI/ModelSpec) and where it
     is from.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SLOT = "default"
-"""peft's name of the adapter: one at a time."""
+"""peft's name of the adapter that trains."""
 
 
 def adaptable_modules(network: nn.Module) -> dict[str, nn.Module]:
@@ -94,29 +96,35 @@ def add_adapter(network: nn.Module, config: AdapterConfig, targets: Sequence[str
 
 
 def attach_adapter(network: nn.Module, adapter: AdapterFile) -> list[str]:
-    """Put a saved adapter on the network, frozen, as it was trained (layers may differ in rank). Names of its
-    layers.
+    """Put a saved adapter on the network, frozen, as it was trained. Names of its layers.
 
-    For sampling; to train on from a file, use ``add_adapter`` and then ``start_from``.
+    For sampling; may be called again: the updates of several adapters add up. To train on from a file, use
+    ``add_adapter`` and then ``start_from``.
     """
     import torch
+    from peft.tuners.lora import LoraLayer
 
-    _inject(network, adapter.ranks, adapter.scale, dropout=0.0)
-    for parameter in adapter_parameters(network).values():
+    taken = list(getattr(network, "peft_config", {}))
+    slot = f"attached_{len(taken)}"
+    _inject(network, adapter.ranks, adapter.scale, dropout=0.0, slot=slot)
+    for parameter in adapter_parameters(network, slot).values():
         parameter.data = parameter.data.to(torch.float32)
-    load_adapter_state(network, adapter.state)
+    load_adapter_state(network, adapter.state, slot)
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter([name for name in (*taken, slot) if name in module.lora_A])
     network.requires_grad_(False)
     return list(adapter.ranks)
 
 
-def _inject(network: nn.Module, ranks: Mapping[str, int], scale: float, dropout: float) -> None:
+def _inject(network: nn.Module, ranks: Mapping[str, int], scale: float, dropout: float, slot: str = SLOT) -> None:
     """Wrap the named layers by peft's, uninitialised; freeze the base; gradients for the adapter's
     weights."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != rank}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     peft_config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,
@@ -127,11 +135,11 @@ def _inject(network: nn.Module, ranks: Mapping[str, int], scale: float, dropout:
         init_lora_weights=False,
     )
     network.requires_grad_(False)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # constructing layers draws, and must not move the global generator
-        inject_adapter_in_model(peft_config, network, adapter_name=SLOT)
-    for parameter in adapter_parameters(network).values():
+    # Constructing layers draws, and must not move the global generator; several adapters are what is wanted.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(peft_config, network, adapter_name=slot)
+    for parameter in adapter_parameters(network, slot).values():
         parameter.requires_grad_(True)
 
 
@@ -148,14 +156,12 @@ def _initialise(network: nn.Module, seed: int, dtype: torch.dtype) -> None:
         parameter.data = value.to(parameter.device, dtype)
 
 
-def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's weights by their diffusers names."""
-    return {saved_name(name): parameter for name, parameter in network.named_parameters() if ".lora_" in name}
-
-
-def saved_name(name: str) -> str:
-    """A parameter's name without peft's slot: ``x.lora_A.default.weight`` -> ``x.lora_A.weight``."""
-    return name.replace(f".{SLOT}.", ".")
+def adapter_parameters(network: nn.Module, slot: str = SLOT) -> dict[str, nn.Parameter]:
+    """The adapter's weights by their diffusers names: ``x.lora_A.default.weight`` is ``x.lora_A.weight``."""
+    end = re.compile(rf"(\.lora_[AB])\.{slot}\.weight$")
+    return {
+        end.sub(r"\1.weight", name): parameter for name, parameter in network.named_parameters() if end.search(name)
+    }
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:
@@ -163,11 +169,11 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in adapter_parameters(network).items()}
 
 
-def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], slot: str = SLOT) -> None:
     """Copy weights into the adapter on the network. UserError where names or shapes do not agree."""
     import torch
 
-    parameters = adapter_parameters(network)
+    parameters = adapter_parameters(network, slot)
     missing, unknown = parameters.keys() - state.keys(), state.keys() - parameters.keys()
     if missing or unknown:
         raise UserError(
@@ -211,7 +217,7 @@ def start_from(network: nn.Module, config: AdapterConfig, adapter: AdapterFile) 
 
 
 def merge_adapter(network: nn.Module) -> None:
-    """Fold the adapter into the base weights and take its layers away; the network is then an ordinary
+    """Fold every adapter into the base weights and take their layers away; the network is then an ordinary
     one."""
     from peft.tuners.lora import LoraLayer
 
