@@ -52,7 +52,7 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
     """Run a training to its end (or to a request to quit); returns the run directory."""
     from kinema.parallel.mesh import start, stop
 
-    family = open_family(config.model)
+    family = open_family(config.model, config.run.seed)
     family.validate(config)
     world = start(config.parallel)
     config = resolve(config, world.device)
@@ -103,6 +103,9 @@ class Run:
 
     def prepare(self) -> None:
         """Everything before the first step: checks, data, networks, what an earlier process left."""
+        from kinema.training.previews import Previewer
+
+        self.previewer = Previewer(self.config, self.family, self.world)  # refuses what cannot be previewed
         checkpoint, weights = self._find_start()
         meta = self._compare_with(checkpoint)
         self._open_data(meta)
@@ -325,7 +328,6 @@ class Run:
     def _describe_run(self) -> None:
         """The run directory's description, metrics and preview maker; what will be trained is printed."""
         from kinema.training.metrics import Metrics
-        from kinema.training.previews import Previewer
         from kinema.training.rundir import environment, write_description
 
         config, world, progress = self.config, self.world, self.trainer.progress
@@ -335,7 +337,6 @@ class Run:
         self.metrics = Metrics(
             self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
         )
-        self.previewer = Previewer(config, self.family, world)
         count = sum(p.numel() for p in self.trainer.parameters.values())
         self.say(
             f"Training {count / 1e6:.2f}M parameters in {config.training.precision} on {world.size} x "
