@@ -113,15 +113,9 @@ def train(  # noqa: PLR0917 - an option each
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="Begin anew with the weights of this checkpoint."),
     ] = None,
-    reset_data: Annotated[
-        bool, typer.Option("--reset-data", help="Start the order of the data afresh.")
-    ] = False,
-    reset_optimizer: Annotated[
-        bool, typer.Option("--reset-optimizer", help="Forget the optimiser's state.")
-    ] = False,
-    reset_lr: Annotated[
-        bool, typer.Option("--reset-lr", help="Start the learning-rate schedule afresh.")
-    ] = False,
+    reset_data: Annotated[bool, typer.Option("--reset-data", help="Start the order of the data afresh.")] = False,
+    reset_optimizer: Annotated[bool, typer.Option("--reset-optimizer", help="Forget the optimiser's state.")] = False,
+    reset_lr: Annotated[bool, typer.Option("--reset-lr", help="Start the learning-rate schedule afresh.")] = False,
 ) -> None:
     """Train what CONFIG describes.
 
@@ -169,13 +163,9 @@ def sample(  # noqa: PLR0917 - an option each
         typer.Option(help="Family of --model; needed for a single file. `kinema models` lists them."),
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of --model; needed for a single file.")] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")
-    ] = None,
+    adapter: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to lead away from.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length; 1 makes a picture.")] = None,
@@ -209,16 +199,10 @@ def sample(  # noqa: PLR0917 - an option each
 @app.command()
 def init(
     family: Annotated[str, typer.Argument(help="Kind of model; `kinema models` lists them.")],
-    variant: Annotated[
-        str | None, typer.Option(help="Which model of the family; default: the smallest.")
-    ] = None,
-    card: Annotated[
-        int, typer.Option(metavar="GB", help="Memory of the graphics card: 12, 16, 24, 48, 80...")
-    ] = 24,
+    variant: Annotated[str | None, typer.Option(help="Which model of the family; default: the smallest.")] = None,
+    card: Annotated[int, typer.Option(metavar="GB", help="Memory of the graphics card: 12, 16, 24, 48, 80...")] = 24,
     full: Annotated[bool, typer.Option("--full", help="Train the whole network instead of a LoRA.")] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: print it.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: print it.")] = None,
 ) -> None:
     """Write a commented configuration.
 
@@ -287,14 +271,15 @@ def report(
     typer.echo(str(write_report(run)))
 
 
-@app.command()
-def quickstart() -> None:
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def quickstart(context: typer.Context) -> None:
     """Train a small video model from nothing.
 
     Makes videos of moving shapes, trains on them, samples unseen prompts and judges the samples.
     """
     from kinema.shapes.quickstart import main as run_quickstart
 
+    sys.argv = ["kinema quickstart", *context.args]  # it has its own parser
     run_quickstart()
 
 

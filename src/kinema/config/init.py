@@ -65,32 +65,37 @@ def activations_memory(parameters: int, tokens: int, checkpointing: bool) -> flo
     return 2 * width * tokens * vectors / 1e9
 
 
-def choose(parameters: int, *, is_video: bool, grid: int, frame_stride: int, card: int, full: bool) -> Choice:
+def choose(variant: Variant, grid: int, frame_stride: int, card: int, full: bool) -> Choice:
     """The largest size that cards of ``card`` GB are estimated to hold, sharded over as few as it takes.
 
-    Without activation checkpointing only where the largest size fits without it.
+    Never larger or longer than what the variant is made for. Without activation checkpointing only where the
+    largest size fits without it.
     """
-    ladder = _VIDEO_SIZES if is_video else _IMAGE_SIZES
-    choices = [(resolution, (frames - 1) // frame_stride * frame_stride + 1) for resolution, frames in ladder]
+    made_for = variant.sampling
+    sizes = [
+        (resolution, (frames - 1) // frame_stride * frame_stride + 1)
+        for resolution, frames in (_VIDEO_SIZES if variant.modality == "video" else _IMAGE_SIZES)
+        if resolution**2 <= 1.1 * made_for.height * made_for.width and frames <= made_for.frames
+    ]
 
     def memory(size: tuple[int, int], checkpointing: bool, shards: int) -> float:
         resolution, frames = size
         tokens = (resolution // grid) ** 2 * ((frames - 1) // frame_stride + 1)
-        activations = activations_memory(parameters, tokens, checkpointing)
-        return _RESERVE + weights_memory(parameters, full) / shards + activations
+        activations = activations_memory(variant.parameters, tokens, checkpointing)
+        return _RESERVE + weights_memory(variant.parameters, full) / shards + activations
 
     shards = 1
-    while memory(choices[0], True, shards) > card and shards < _LARGEST_SHARD:
+    while memory(sizes[0], True, shards) > card and shards < _LARGEST_SHARD:
         shards *= 2
-    if memory(choices[-1], False, shards) <= card:
-        return Choice(*choices[-1], False, shards, memory(choices[-1], False, shards))
-    fitting = [size for size in choices if memory(size, True, shards) <= card]
-    if not fitting:
-        raise UserError(
-            f"--card {card}: no size fits a card of {card} GB, even over {_LARGEST_SHARD} of them; "
-            "give the memory of one card in GB, such as 24"
-        )
-    return Choice(*fitting[-1], True, shards, memory(fitting[-1], True, shards))
+    candidates = [(sizes[-1], False), *((size, True) for size in reversed(sizes))]
+    for (resolution, frames), checkpointing in candidates:
+        estimate = memory((resolution, frames), checkpointing, shards)
+        if estimate <= card:
+            return Choice(resolution, frames, checkpointing, shards, estimate)
+    raise UserError(
+        f"--card {card}: nothing fits cards of {card} GB, even {_LARGEST_SHARD} of them; give the memory of one card "
+        "in GB, such as 24"
+    )
 
 
 def template(family: str, variant: str | None = None, card: int = 24, full: bool = False) -> str:
@@ -104,19 +109,11 @@ def template(family: str, variant: str | None = None, card: int = 24, full: bool
     kind = family_class(family)
     chosen = _variant(kind, family, variant)
     bound = kind(ModelConfig(family=family, variant=chosen.name))
-    is_video = chosen.modality == "video"
-    choice = choose(
-        chosen.parameters,
-        is_video=is_video,
-        grid=bound.grid,
-        frame_stride=bound.frame_stride,
-        card=card,
-        full=full,
-    )
+    choice = choose(chosen, bound.grid, bound.frame_stride, card, full)
     blocks = (
         _head(family, chosen, card, full, choice),
         _model(family, chosen),
-        _data(is_video, choice),
+        _data(chosen, choice),
         "" if full else _adapter(card),
         _training(full, choice),
         _parallel(choice),
@@ -174,9 +171,11 @@ path = {toml_value(variant.hub)}  # a hub id, a diffusers directory or a single 
 """
 
 
-def _data(is_video: bool, choice: Choice) -> str:
+def _data(variant: Variant, choice: Choice) -> str:
     frames = [1, choice.frames] if choice.frames > 1 else [1]
+    is_video = variant.modality == "video"
     lengths = "a video takes the longest that it fills, a picture takes 1" if is_video else "pictures"
+    fps = f"fps = {variant.sampling.fps:g}  # videos are resampled to this rate\n" if is_video else ""
     return f"""\
 [[data.sources]]  # one such table for each folder
 path = "data"  # pictures and videos, each with its caption in a .txt file of the same name
@@ -184,8 +183,7 @@ path = "data"  # pictures and videos, each with its caption in a .txt file of th
 [data.buckets]
 resolutions = [{choice.resolution}]  # side of a square of the same area; shapes follow the records
 frames = {toml_value(frames)}  # clip lengths: {lengths}
-{"" if is_video else "# "}fps = 16  # videos are resampled to this rate
-"""
+{fps}"""
 
 
 def _adapter(card: int) -> str:
