@@ -185,9 +185,7 @@ def decode_unclamped(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
     for i in range(h.shape[2]):
         vae._conv_idx = [0]
         chunk = h[:, :, i : i + 1]
-        chunks.append(
-            vae.decoder(chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
-        )
+        chunks.append(vae.decoder(chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0))
     vae.clear_cache()
     return unpatchify(torch.cat(chunks, 2), vae.config.patch_size)
 

@@ -201,23 +201,23 @@ def training_clips(count: int, seed: int = 0) -> Iterator[tuple[Combo, tuple[int
         yield combos[i % len(combos)], (seed, i)
 
 
-def _write_clip(folder: Path, index: int, combo: Combo, seed: tuple[int, int], frames: int, size: int) -> Path:
-    path = folder / f"{index:05d}.mp4"
-    write_video(path, render(combo, seed, frames, size), FPS)
+def _write_clip(path: Path, combo: Combo, seed: tuple[int, int], shape: tuple[int, int]) -> Path:
+    write_video(path, render(combo, seed, *shape), FPS)
     path.with_suffix(".txt").write_text(caption(combo) + "\n", encoding="utf-8")
     return path
 
 
 def write_dataset(
-    folder: Path, count: int, seed: int = 0, frames: int = FRAMES, size: int = SIZE, workers: int = 2
+    folder: Path | str, count: int, seed: int = 0, *, frames: int = FRAMES, size: int = SIZE, workers: int = 2
 ) -> list[Path]:
     """Writes `count` training clips as NNNNN.mp4 with NNNNN.txt beside them; held-out combinations never occur."""
-    return write_clips(folder, training_clips(count, seed), frames, size, workers)
+    return write_clips(folder, training_clips(count, seed), frames=frames, size=size, workers=workers)
 
 
 def write_clips(
-    folder: Path,
+    folder: Path | str,
     clips: Iterable[tuple[Combo, tuple[int, int]]],
+    *,
     frames: int = FRAMES,
     size: int = SIZE,
     workers: int = 2,
@@ -225,7 +225,7 @@ def write_clips(
     """Writes clips, pairs of a combination and a seed, as NNNNN.mp4 with NNNNN.txt beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, i, combo, key, frames, size) for i, (combo, key) in enumerate(clips)]
+    jobs = [(folder / f"{i:05d}.mp4", combo, key, (frames, size)) for i, (combo, key) in enumerate(clips)]
     if workers <= 1 or len(jobs) < 64:
         return [_write_clip(*job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:
