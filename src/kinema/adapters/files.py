@@ -166,8 +166,9 @@ def _locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file. Expected an adapter (.safetensors) or a directory with one.")
-    if (path / DIFFUSERS_FILE).is_file():
-        return path / DIFFUSERS_FILE
+    for folder in (path, path / "diffusers"):
+        if (folder / DIFFUSERS_FILE).is_file():
+            return folder / DIFFUSERS_FILE
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("comfyui/*.safetensors"))
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"

@@ -287,8 +287,8 @@ class ExportConfig(Every):
     dtype: Dtype = "bf16"
     """Type of the saved weights."""
     layouts: tuple[Literal["diffusers", "comfyui"], ...] = ("diffusers", "comfyui")
-    """`diffusers`: PEFT names, or a diffusers directory for full weights. `comfyui`: one file with
-    `diffusion_model.` names."""
+    """`diffusers`: PEFT names, or a diffusers directory for full weights. `comfyui`: one file with the names that
+    ComfyUI reads."""
     keep: int | None = Field(default=None, gt=0)
     """Newest exports to keep; default: all."""
 

@@ -1,0 +1,290 @@
+"""Weights in the layouts that other tools read, apart from training state.
+
+An export is a directory ``step-00001000`` in the run's ``exports``:
+
+- ``diffusers/``: ``pytorch_lora_weights.safetensors`` of an adapter, ``transformer/`` of a whole network;
+- ``comfyui/<run>-step1000.safetensors``: an adapter under ComfyUI's names, or a whole network as one file,
+  original
+  names under ``model.diffusion_model.``, the prefix that ComfyUI and diffusers' single-file loader know;
+- ``config.toml``, the resolved configuration, and ``kinema.json``: what this is and where the other parts
+  are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.adapters.files import DIFFUSERS_FILE, file_metadata, save_comfyui, save_diffusers
+from kinema.config.schema import Config, ModelConfig
+from kinema.config.write import to_toml
+from kinema.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from kinema.families.base import Family
+    from kinema.parallel.mesh import World
+
+SHARD_BYTES = 5 * 10**9
+"""Largest file of a diffusers directory."""
+DESCRIPTION = "kinema.json"
+_WRITING = "writing-"
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export as read: the model that it belongs to, and the adapter file if it is one."""
+
+    step: int
+    model: ModelConfig
+    adapter: Path | None
+
+
+def export_weights(  # noqa: PLR0917 - each is a part of the run
+    root: Path, step: int, family: Family, network: nn.Module, config: Config, world: World
+) -> Path:
+    """Write ``root/step-...`` under a temporary name and make it visible by one rename; older ones rotate.
+
+    Every rank calls this (sharded weights are gathered, a tensor at a time); the main rank writes. Adapter or
+    whole network as ``config.adapter`` says; layouts, dtype and rotation as ``config.export``. Inside
+    ``Ema.swapped()`` the averaged weights are written. Returns the export's directory. UserError on every
+    rank if the disk refuses.
+    """
+    from safetensors import SafetensorError
+
+    target = root / f"{_STEP}{step:08d}"
+    is_adapter = config.adapter is not None
+    state = _gathered(network, is_adapter, keep=world.is_main)
+    problem = None
+    if world.is_main:
+        partial = root / f"{_WRITING}{target.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            job = _Writing(partial, step, family, config)
+            if is_adapter:
+                _write_adapter(job, state)
+            else:
+                _write_network(job, state, network)
+            _write_description(job)
+            _publish(partial, target)
+            _rotate(root, config.export.keep)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            why = getattr(error, "strerror", None) or error
+            problem = f"cannot write the export {target}: {why}. Free some space or change run.dir."
+    problem = world.broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return target
+
+
+def list_exports(root: Path) -> list[Path]:
+    """Complete exports, the oldest first."""
+    return sorted(path for path in root.glob(f"{_STEP}*") if (path / DESCRIPTION).is_file())
+
+
+def read_export(path: Path) -> Export | None:
+    """What an export (or the newest of a run directory) holds; None if ``path`` is neither.
+
+    ``model`` says where every part lies: the trained network in the export, the others where they were. An
+    adapter goes onto ``model``'s network.
+    """
+    if not (path / DESCRIPTION).is_file():
+        found = [*list_exports(path / "exports"), *list_exports(path)]
+        if not found:
+            return None
+        path = found[-1]
+    facts = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    model = facts["model"]
+    if facts["network"] is not None:
+        model["network"] = {**model.get("network", {}), "path": str(path / facts["network"])}
+    adapter = None if facts["adapter"] is None else path / facts["adapter"]
+    return Export(facts["step"], ModelConfig.model_validate(model), adapter)
+
+
+def _gathered(network: nn.Module, is_adapter: bool, keep: bool) -> dict[str, Tensor]:
+    """The weights on the CPU, whole, by their diffusers names; empty where they are not kept."""
+    from torch.distributed.tensor import DTensor
+
+    from kinema.adapters.lora import adapter_state
+
+    state: dict[str, Tensor] = {}
+    for name, value in (adapter_state(network) if is_adapter else network.state_dict()).items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """One export on its way to the disk, on the main rank."""
+
+    directory: Path
+    step: int
+    family: Family
+    config: Config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.export.dtype]
+
+    @property
+    def network_folder(self) -> str:
+        """The network's name in a diffusers directory and pipeline."""
+        return "unet" if "unet" in self.family.variant.parts else "transformer"
+
+    @property
+    def name(self) -> str:
+        return self.config.run.dir.resolve().name
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each layout puts the weights, relative to the export."""
+        whole = self.config.adapter is None
+        places = {
+            "diffusers": f"diffusers/{self.network_folder if whole else DIFFUSERS_FILE}",
+            "comfyui": f"comfyui/{self.name}-step{self.step}.safetensors",
+        }
+        return {layout: places[layout] for layout in self.config.export.layouts}
+
+    def metadata(self) -> dict[str, str]:
+        """Header of every weight file."""
+        config, variant = self.config, self.family.variant.name
+        text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+        return file_metadata(
+            title=f"{self.name} step {self.step}",
+            base_model=config.model.network.path or config.model.path or "random weights",
+            architecture=f"{self.family.name}/{variant}" + ("/lora" if config.adapter else ""),
+            config_hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+            step=self.step,
+        )
+
+
+def _write_adapter(job: _Writing, state: Mapping[str, Tensor]) -> None:
+    config = job.config.adapter
+    assert config is not None
+    rank, alpha, metadata = config.rank, config.alpha or float(config.rank), job.metadata()
+    for layout, place in job.places.items():
+        file = job.directory / place
+        file.parent.mkdir()
+        if layout == "diffusers":
+            prefix = job.network_folder
+            save_diffusers(file, state, rank=rank, alpha=alpha, metadata=metadata, prefix=prefix, dtype=job.dtype)
+        else:
+            save_comfyui(file, state, rank=rank, alpha=alpha, names=job.family, metadata=metadata, dtype=job.dtype)
+
+
+def _write_network(job: _Writing, state: Mapping[str, Tensor], network: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: (value.to(job.dtype) if value.is_floating_point() else value).contiguous()
+        for name, value in state.items()
+    }
+    metadata = {"format": "pt", **job.metadata()}
+    for layout, place in job.places.items():
+        path = job.directory / place
+        path.parent.mkdir()
+        if layout == "diffusers":
+            path.mkdir()
+            (path / "config.json").write_text(_network_config(network), encoding="utf-8")
+            _write_shards(path, tensors, metadata)
+        else:
+            original = job.family.to_original(tensors)
+            save_file({f"model.diffusion_model.{name}": v for name, v in original.items()}, path, metadata)
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """diffusers' file names, and its index where there are several files."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(
+        tensors,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / filename, metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _network_config(network: nn.Module) -> str:
+    """diffusers' ``config.json``, under the name of the class that FSDP2 derived from."""
+    from torch.distributed.fsdp import FSDPModule
+
+    facts = json.loads(network.to_json_string())
+    facts["_class_name"] = next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    facts.pop("_name_or_path", None)  # a path on this machine
+    return json.dumps(facts, indent=2, sort_keys=True) + "\n"
+
+
+def _write_description(job: _Writing) -> None:
+    """``config.toml``, and ``kinema.json`` for ``read_export``."""
+    from kinema import __version__
+
+    (job.directory / "config.toml").write_text(to_toml(job.config), encoding="utf-8")
+    place = job.places.get("diffusers") or job.places["comfyui"]
+    is_adapter = job.config.adapter is not None
+    facts = {
+        "kinema": __version__,
+        "step": job.step,
+        "adapter": place if is_adapter else None,
+        "network": None if is_adapter else place,
+        "model": _absolute(job.config.model, job.family, network_is_here=not is_adapter),
+    }
+    (job.directory / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _absolute(model: ModelConfig, family: Family, network_is_here: bool) -> dict[str, Any]:
+    """The model's configuration as it holds from any working directory; a trained network is no random
+    one."""
+    facts = model.model_dump(mode="json", exclude_none=True) | {"variant": family.variant.name}
+    for table in (facts, *(value for value in facts.values() if isinstance(value, dict))):
+        if "path" in table and Path(table["path"]).exists():
+            table["path"] = str(Path(table["path"]).resolve())
+    if network_is_here:
+        facts["random_weights"] = False
+    return facts
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Force the files to the disk, then rename; an export of the same step (a resumed run's) gives way."""
+    from kinema.training.checkpoint_files import sync_path
+
+    for path in (*partial.rglob("*"), partial):
+        sync_path(path)
+    if target.exists():
+        old = target.with_name(f"{_WRITING}replaced-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(target)
+    sync_path(target.parent)
+
+
+def _rotate(root: Path, keep: int | None) -> None:
+    """Delete the oldest exports beyond ``keep``, and what a killed process left half written."""
+    for path in root.glob(f"{_WRITING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in list_exports(root)[: -keep if keep else 0]:
+        gone = path.with_name(f"{_WRITING}deleted-{path.name}")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
