@@ -35,9 +35,7 @@ class Ema:
         """Take in the weights after optimiser step number ``step`` (counted from 1)."""
         assert not self.swapped_in, "the network holds the averages"
         averages = [_local(average) for average in self.averages.values()]
-        weights = [
-            _local(weight).to(a.dtype) for a, weight in zip(averages, self.parameters.values(), strict=True)
-        ]
+        weights = [_local(weight).to(a.dtype) for a, weight in zip(averages, self.parameters.values(), strict=True)]
         if averages:
             torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(step))
 

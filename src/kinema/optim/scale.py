@@ -1,21 +1,21 @@
 """Dynamic loss scale for fp16: keeps small gradients from vanishing, and skips steps in which large ones overflowed.
 
-The rule is that of torch.amp.GradScaler (Micikevicius et al. 2018, section 3.2), with one difference: overflow is read from
-the global gradient norm, which is the same number on all ranks however parameters are sharded.
+The rule is that of torch.amp.GradScaler (Micikevicius et al. 2018, section 3.2), with one difference: overflow is read
+from the global gradient norm, which is the same number on all ranks however parameters are sharded.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class LossScale:
-    """Multiply the loss by ``value`` before backward, ``unscale`` the gradients, then ``update`` with their norm."""
+    """Multiply the loss by ``value``, ``unscale`` the gradients, skip the step if their norm is not finite, and
+    ``update``."""
 
     def __init__(
         self,
@@ -38,18 +38,16 @@ class LossScale:
         for gradients in local_gradients(parameters).values():
             torch._foreach_mul_(gradients, 1.0 / self.value)
 
-    def update(self, norm: Tensor | float) -> bool:
-        """Whether the step may be taken: the global norm of the unscaled gradients is finite. Adapts ``value``."""
-        finite = math.isfinite(norm)
+    def update(self, finite: bool) -> None:
+        """Adapt ``value``: was the global norm of the gradients finite, so that the step was taken?"""
         if not finite:
             self.value *= self.backoff
             self.good_steps = 0
-        else:
-            self.good_steps += 1
-            if self.good_steps == self.growth_interval:
-                self.value *= self.growth
-                self.good_steps = 0
-        return finite
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value *= self.growth
+            self.good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; goes into JSON."""

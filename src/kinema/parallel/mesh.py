@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
+
+
+Summand = TypeVar("Summand", "Tensor", float)
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    @overload
-    def all_reduce_sum(self, value: Tensor) -> Tensor: ...
-    @overload
-    def all_reduce_sum(self, value: float) -> float: ...
-    def all_reduce_sum(self, value: Tensor | float) -> Tensor | float:
+    def all_reduce_sum(self, value: Summand) -> Summand:
         """The sum over all data-parallel ranks: a new tensor on the same device, or a float (summed in float64)."""
         if self.size == 1:
             return value

@@ -1,7 +1,7 @@
 """Checkpoints: torch's distributed checkpoint, written beside the training and made visible by one rename.
 
-``step-00000120/`` holds what every rank wrote (``*.distcp``, ``.metadata``) and ``meta.json``. While it is written it is
-called ``.writing-step-00000120``: a directory with a checkpoint's name is complete. It loads on any number of ranks.
+``step-00000120/`` holds ``rank-*.safetensors``, ``index.json`` and ``meta.json``. While it is written it is called
+``.writing-step-00000120``: a directory with a checkpoint's name is complete. It loads on any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
 from kinema.parallel.mesh import World
-from kinema.training.checkpoint_files import SafeReader, disk_error, free_bytes, readable_bytes, sync_path
+from kinema.training.checkpoint_files import (
+    CopiesPlanner,
+    SafetensorsReader,
+    SafetensorsWriter,
+    damage,
+    disk_error,
+    free_bytes,
+    readable_bytes,
+    sync_path,
+)
 
 State = Mapping[str, "Tensor | State"]
 """Nested names of tensors."""
@@ -58,8 +70,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
-        self._stager: Any = None
-        self._staging: Future[State] | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
         if world.is_main:
             _prepare_root(root)
         world.barrier()
@@ -79,8 +91,8 @@ class Checkpointer:
         ``wait_for_staging`` before the tensors change. Waits for the write before it.
         """
         self.wait()
-        need = self._check_space(tensors)
-        writing = self.root / f"{_WRITING}step-{step:08d}"
+        flat = flatten(tensors)
+        need = self._check_space(flat)
         described = {
             "format": FORMAT,
             "step": step,
@@ -88,23 +100,20 @@ class Checkpointer:
             "torch": torch.__version__,
             "bytes": need,
         }
-        described["meta"] = dict(meta)
-        text = json.dumps(described, indent=1)  # now: a value that JSON cannot hold is the caller's mistake
-        if not self.asynchronous:
-            self._write(writing, step, tensors, text, need)
-            return
-        staged = self._stage(tensors)
-        self._pending = self._thread.submit(self._write, writing, step, staged, text, need)
+        text = json.dumps({**described, "meta": dict(meta)}, indent=1)
+        if self.asynchronous:
+            copies = self._stage(flat)
+            self._pending = self._thread.submit(self._write, step, flat, copies, text, need)
+        else:
+            self._write(step, flat, None, text, need)
 
     def wait_for_staging(self) -> None:
-        """Return when the tensors that were given to ``save`` may change."""
-        if self._staging is not None:
-            self._staging.result()
-            self._staging = None
+        """Return when the tensors that were given to ``save`` may change (on a GPU: by what is queued from now on)."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
 
     def wait(self) -> None:
         """Return when what was saved is on disk; UserError if it could not be written."""
-        self.wait_for_staging()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -115,17 +124,15 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._stager is not None:
-                self._stager.close()
-                self._stager = None
+            self._copies = {}
 
     def load(self, path: Path, tensors: State) -> dict[str, Any]:
         """Fill ``tensors`` in place from a checkpoint, on all ranks together; returns its ``meta``."""
         return load(path, tensors, self.world, self._group)
 
-    def _check_space(self, tensors: State) -> int:
-        """Bytes that all ranks together will write; UserError if the file system has less."""
-        need = int(self.world.all_reduce_sum(float(_local_bytes(tensors))))
+    def _check_space(self, tensors: Mapping[str, Tensor]) -> int:
+        """Bytes that will be written; UserError if the file system has less."""
+        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         free = self.world.broadcast_object(free_bytes(self.root) if self.world.is_main else None)
         if need > free:
             raise UserError(self._full(need, f"{readable_bytes(free)} are free"))
@@ -139,45 +146,49 @@ class Checkpointer:
             f"{kept.path.name if kept else 'its beginning (there is no complete checkpoint yet)'}."
         )
 
-    def _stage(self, tensors: State) -> State | Future[State]:
-        """Copies of the tensors in CPU memory; on a GPU they are made while it computes, into pinned memory."""
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in CPU memory of this rank's parts; from a GPU they arrive beside its work, in pinned memory."""
+        gpu = self.world.device.type == "cuda"
+        if gpu:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream) if gpu else nullcontext(), torch.no_grad():
+            copies = {}
+            for name, tensor in tensors.items():
+                local, copy = local_part(tensor), self._copies.get(name)
+                if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                    copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                copies[name] = copy.copy_(local, non_blocking=True)
+            self._copied = stream.record_event() if gpu else None
+        self._copies = copies
+        return copies
 
-        if self._stager is None:
-            gpu = self.world.device.type == "cuda"
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=gpu,
-                    use_shared_memory=False,
-                    use_async_staging=gpu,
-                    use_non_blocking_copy=gpu,
-                )
-            )
-        staged = self._stager.stage(dict(tensors))
-        self._staging = staged if isinstance(staged, Future) else None
-        return staged
-
-    def _write(self, writing: Path, step: int, staged: State | Future[State], meta: str, need: int) -> Path:
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None, meta: str, need: int
+    ) -> Path:
         """Write, sync, rename and rotate. All ranks succeed, or all raise the same UserError."""
+        writing = self.root / f"{_WRITING}step-{step:08d}"
         problem: str | None = None
         path: Path | None = None
         try:
-            tensors = staged.result() if isinstance(staged, Future) else staged
+            if self._copied is not None:
+                self._copied.synchronize()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that no process group exists; that non-tensors are rare
+                warnings.simplefilter("ignore")  # that there is no process group
                 dcp.save(
-                    dict(tensors),
-                    storage_writer=dcp.FileSystemWriter(writing, single_file_per_rank=True, sync_files=True),
+                    tensors,
+                    storage_writer=SafetensorsWriter(writing),
+                    planner=CopiesPlanner(copies),
                     process_group=self._group,
                     no_dist=self.world.size == 1,
                 )
             if self.world.is_main:
                 path = self._publish(writing, step, meta)
-        except Exception as error:
-            os_error = disk_error(error)
-            if os_error is None:
+        except (Exception, CheckpointException) as error:
+            reason = disk_error(error)
+            if reason is None:
                 raise
-            problem = self._full(need, os_error)
+            problem = self._full(need, reason)
             if self.world.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
         path, problem = self._agree((path, problem))
@@ -202,9 +213,7 @@ class Checkpointer:
         (writing / "meta.json").write_text(json.dumps(record, indent=1))
         sync_path(writing / "meta.json")
         sync_path(writing)
-        again = sum(
-            checkpoint.step == step for checkpoint in existing
-        )  # the run was taken back and came here again
+        again = sum(checkpoint.step == step for checkpoint in existing)  # the run was taken back and came here again
         path = self.root / (f"step-{step:08d}" + (f"-{again}" if again else ""))
         while path.exists():
             again += 1
@@ -236,7 +245,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 def contents(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and types of the tensors in a checkpoint; nested names are joined with dots."""
     _read_meta(path)
-    stored = SafeReader(path).read_metadata().state_dict_metadata
+    stored = SafetensorsReader(path).read_metadata().state_dict_metadata
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
 
 
@@ -252,8 +261,8 @@ def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | No
         if name not in stored:
             raise UserError(
                 f"checkpoint {path} has no '{name}' among its {len(stored)} tensors: it belongs to another network, "
-                "adapter or optimiser. Resume with the configuration that it was trained with, or start from its weights "
-                "only."
+                "adapter or optimiser. Resume with the configuration that it was trained with, or start from its "
+                "weights only."
             )
         if stored[name] != (tuple(tensor.shape), tensor.dtype):
             shape, dtype = stored[name]
@@ -261,9 +270,23 @@ def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | No
                 f"checkpoint {path} has '{name}' as {dtype} {list(shape)}, but this run needs {tensor.dtype} "
                 f"{list(tensor.shape)}. Resume with the configuration that it was trained with."
             )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(dict(tensors), storage_reader=SafeReader(path), process_group=group, no_dist=world.size == 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(
+                flatten(tensors),
+                storage_reader=SafetensorsReader(path),
+                process_group=group,
+                no_dist=world.size == 1,
+            )
+    except (Exception, CheckpointException) as error:
+        reason = damage(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"checkpoint {path} is damaged: {reason}. Resume from another checkpoint, or copy this one again from where it "
+            "came from."
+        ) from error
     return meta
 
 
@@ -282,13 +305,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is no complete checkpoint: its meta.json cannot be read ({error})."
-        ) from error
+        raise UserError(f"{path} is no complete checkpoint: its meta.json cannot be read ({error}).") from error
     if meta.get("format") != FORMAT:
-        raise UserError(
-            f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}."
-        )
+        raise UserError(f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}.")
     return meta
 
 
@@ -296,9 +315,7 @@ def _prepare_root(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the checkpoint directory {root}: {error.strerror}. Check run.dir."
-        ) from error
+        raise UserError(f"cannot make the checkpoint directory {root}: {error.strerror}. Check run.dir.") from error
     for path in root.iterdir():
         if path.name.startswith((_WRITING, _DELETING)):
             shutil.rmtree(path, ignore_errors=True)
@@ -311,11 +328,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _local_bytes(tensors: State) -> int:
-    from torch.distributed.tensor import DTensor
-
-    total = 0
-    for tensor in flatten(tensors).values():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        total += local.numel() * local.element_size()
-    return total
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, by reference."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,9 +21,9 @@ def training_state(
 ) -> StateDict:
     """``{"networks": ..., "optimizer": ..., "ema": ...}``, each name -> tensor, for ``Checkpointer.save``.
 
-    Names are ``{network}.{parameter}`` and, for the optimiser's state, ``{network}.{parameter}.{key}``. Of the networks only
-    what training changes is there: parameters that require gradients, and persistent buffers. Learning rates and the
-    like are not: the configuration and the step determine them. Tensors are references: saving reads them, loading
+    Names are ``{network}.{parameter}`` and, for the optimiser's state, ``{network}.{parameter}.{key}``. Of the networks
+    only what training changes is there: parameters that require gradients, and persistent buffers. Learning rates and
+    the like are not: the configuration and the step determine them. Tensors are references: saving reads them, loading
     writes into them.
     """
     state: StateDict = {"networks": _network_tensors(networks)}
@@ -71,9 +71,7 @@ def _network_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return tensors
 
 
-def _optimizer_tensors(
-    networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]
-) -> dict[str, Tensor]:
+def _optimizer_tensors(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in named_trainables(networks).items()}
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
@@ -87,9 +85,7 @@ def _optimizer_tensors(
     return tensors
 
 
-def _make_optimizer_state(
-    networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], stored: set[str]
-) -> None:
+def _make_optimizer_state(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], stored: set[str]) -> None:
     """Let optimisers make the state that the checkpoint has: one step with zero gradients and learning rate 0."""
     prefix = "optimizer."
     names = {parameter: name for name, parameter in named_trainables(networks).items()}
