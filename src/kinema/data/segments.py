@@ -35,6 +35,8 @@ COPY_BYTES = 1 << 24
 
 Header = dict[str, dict[str, Any]]
 """What a safetensors file says of its tensors: name -> dtype, shape, data_offsets."""
+Place = tuple[str, "torch.dtype", tuple[int, ...], int]
+"""A tensor of an entry: name, type, shape, bytes."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -262,25 +264,26 @@ class Shard:
 
     def _index(self, header: Header, data: int, checksums: Mapping[str, int]) -> None:
         """Entries as rows of arrays: a shard may hold many, and a Python object for each would weigh."""
-        places: dict[str, list[tuple[str, str, tuple[int, ...], int]]] = {key: [] for key in checksums}
+        places: dict[str, list[tuple[Place, int]]] = {key: [] for key in checksums}
         for name, info in header.items():
             key, tensor = name[: 2 * KEY_BYTES], name[2 * KEY_BYTES + 1 :]
-            place = (tensor, info["dtype"], tuple(info["shape"]), data + info["data_offsets"][0])
-            places[key].append(place)
+            first, last = info["data_offsets"]
+            place = (tensor, torch_dtype(info["dtype"]), tuple(info["shape"]), last - first)
+            places[key].append((place, data + first))
         self._keys = [bytes.fromhex(key) for key in places]
         self.rows = len(places)
-        self.layouts: list[tuple[tuple[str, str, tuple[int, ...]], ...]] = []
-        numbers: dict[Any, int] = {}
+        self._layouts: list[tuple[Place, ...]] = []
+        numbers: dict[tuple[Place, ...], int] = {}
         width = max((len(rows) for rows in places.values()), default=0)
         self._offsets = np.zeros((len(places), width), np.int64)
         self._layout = np.zeros(len(places), np.int32)
         for row, tensors in enumerate(places.values()):
-            layout = tuple(place[:3] for place in tensors)
+            layout = tuple(place for place, _ in tensors)
             if layout not in numbers:
-                numbers[layout] = len(self.layouts)
-                self.layouts.append(layout)
+                numbers[layout] = len(self._layouts)
+                self._layouts.append(layout)
             self._layout[row] = numbers[layout]
-            self._offsets[row, : len(tensors)] = [place[3] for place in tensors]
+            self._offsets[row, : len(tensors)] = [offset for _, offset in tensors]
         self._checksums = np.array(list(checksums.values()), np.uint32)
         self._verified = np.zeros(len(places), bool)
 
@@ -294,13 +297,11 @@ class Shard:
         if self._bytes is None:
             self._bytes = _mapped(self.path, self.size)
         result, raw = {}, []
-        for (name, dtype, shape), offset in zip(
-            self.layouts[self._layout[row]], self._offsets[row].tolist(), strict=False
-        ):
-            kind = torch_dtype(dtype)
-            flat = self._bytes[offset : offset + int(np.prod(shape, dtype=np.int64)) * kind.itemsize]
+        layout, offsets = self._layouts[self._layout[row]], self._offsets[row].tolist()
+        for (name, dtype, shape, length), offset in zip(layout, offsets, strict=False):
+            flat = self._bytes[offset : offset + length]
             raw.append(flat)
-            result[name] = flat.view(kind).view(shape)
+            result[name] = flat.view(dtype).view(shape)
         if not self._verified[row]:
             if checksum(memoryview(flat.numpy()) for flat in raw) != self._checksums[row]:
                 return None
