@@ -117,7 +117,7 @@ def template(family: str, variant: str | None = None, card: int = 24, full: bool
         "" if full else _adapter(card),
         _training(full, choice),
         _parallel(choice),
-        _watching("image_encoder" in chosen.parts),
+        _watching(_needs_picture(chosen)),
     )
     return "\n".join(block for block in blocks if block)
 
@@ -141,6 +141,11 @@ def _variant(kind: type[Family], family: str, name: str | None) -> Variant:
         near = did_you_mean(name, kind.variants)
         raise UserError(f"--variant: {family} has no variant '{name}'{near} Known: {known}.")
     return kind.variants[name]
+
+
+def _needs_picture(variant: Variant) -> bool:
+    """Whether samples start from a given picture."""
+    return "image_encoder" in variant.parts
 
 
 def _head(family: str, variant: Variant, card: int, full: bool, choice: Choice) -> str:
@@ -172,9 +177,10 @@ path = {toml_value(variant.hub)}  # a hub id, a diffusers directory or a single 
 
 
 def _data(variant: Variant, choice: Choice) -> str:
-    frames = [1, choice.frames] if choice.frames > 1 else [1]
+    pictures_too = choice.frames == 1 or not _needs_picture(variant)
+    frames = sorted({1, choice.frames}) if pictures_too else [choice.frames]
     is_video = variant.modality == "video"
-    lengths = "a video takes the longest that it fills, a picture takes 1" if is_video else "pictures"
+    lengths = "a video takes the longest that it fills" + (", a picture takes 1" if pictures_too else "")
     fps = f"fps = {variant.sampling.fps:g}  # videos are resampled to this rate\n" if is_video else ""
     return f"""\
 [[data.sources]]  # one such table for each folder
@@ -182,7 +188,7 @@ path = "data"  # pictures and videos, each with its caption in a .txt file of th
 
 [data.buckets]
 resolutions = [{choice.resolution}]  # side of a square of the same area; shapes follow the records
-frames = {toml_value(frames)}  # clip lengths: {lengths}
+frames = {toml_value(frames)}  # clip lengths: {lengths if is_video else "pictures"}
 {fps}"""
 
 
