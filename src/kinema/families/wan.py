@@ -55,6 +55,7 @@ class Wan(Family):
 
     name = "wan"
     variants = VARIANTS
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     grid = 16
     frame_stride = 4
 

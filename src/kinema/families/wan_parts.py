@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kinema.families.base import Variant
+from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.loading import PartSpec
 from kinema.families.wan_names import (
     NETWORK,
@@ -53,8 +53,15 @@ PARTS = {
 }
 
 
-def _variant(name: str, parameters: int, parts: tuple[str, ...], hub: str) -> Variant:
-    return Variant(name, "video", parameters, parts, f"Wan-AI/Wan2.1-{hub}-Diffusers")
+SMALL = SamplingDefaults(height=480, width=832, frames=81, fps=16.0, steps=50, guidance=5.0)
+LARGE = SamplingDefaults(height=720, width=1280, frames=81, fps=16.0, steps=50, guidance=5.0)
+"""The authors' settings at 480p and at 720p."""
+
+
+def _variant(
+    name: str, parameters: int, parts: tuple[str, ...], hub: str, sampling: SamplingDefaults = SMALL
+) -> Variant:
+    return Variant(name, "video", parameters, parts, f"Wan-AI/Wan2.1-{hub}-Diffusers", sampling)
 
 
 VARIANTS = {
@@ -63,6 +70,6 @@ VARIANTS = {
         _variant("t2v-1.3b", 1_418_996_800, _T2V, "T2V-1.3B"),
         _variant("t2v-14b", 14_288_491_584, _T2V, "T2V-14B"),
         _variant("i2v-14b-480p", 16_394_878_784, _I2V, "I2V-14B-480P"),
-        _variant("i2v-14b-720p", 16_394_878_784, _I2V, "I2V-14B-720P"),
+        _variant("i2v-14b-720p", 16_394_878_784, _I2V, "I2V-14B-720P", LARGE),
     )
 }
