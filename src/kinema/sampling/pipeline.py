@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-BATCH_PIXELS = 2**20
+BATCH_PIXELS = 2**19
 """Pixels, over all frames, that one pipeline call draws at most, where that is more than one sample: small samples
-share a call (eight clips of 17 x 64 x 64 keep two CPU cores busier than one), large ones gain nothing."""
+share a call (from four clips of 17 x 64 x 64 on, a CPU takes half the time for each), large ones gain nothing."""
 BATCH_LIMIT = 16
 
 OnStep = Callable[[Sequence[int], int, int], None]
@@ -52,7 +52,7 @@ class SampleSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are stored in a file's metadata."""
-        return {**asdict(self), "image": None if self.image is None else str(self.image)}
+        return {**asdict(self), "image": None if self.image is None else self.image.name}
 
     @property
     def call(self) -> tuple[Any, ...]:

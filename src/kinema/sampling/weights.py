@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _STEP = re.compile(r"step-(\d{8,})(?:-\d+)?")
 ENDS = ("autoencoder", "image_encoder")
 """Parts that are kept in fp32: they are small, and what they lose in a shorter type is seen."""
+
+
+PIECE = 2**28
+"""Elements of a checkpoint that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ def find_weights(
     parsed = tuple(adapter_option(str(adapter)) for adapter in adapters)
     if run is None:
         assert model is not None
-        found = Weights(open_family(model_config(model, family, variant)), model)
+        if ema is not None:
+            raise UserError("--ema and --no-ema choose among the weights of a --run; a --model has one set of them.")
+        found = _of_export(Path(model).expanduser()) or _of_model(model, family, variant)
     else:
         if family is not None or variant is not None:
             raise UserError(f"--family and --variant belong to --model; {run} says itself what it trained.")
-        found = _of_run(run, True if ema is None else ema)
-    if run is None and ema is not None:
-        raise UserError("--ema and --no-ema choose among the weights of a --run; a --model has one set of them.")
+        found = _of_export(run) or _of_run(run, True if ema is None else ema)
     return replace(found, adapters=found.adapters + parsed)
 
 
@@ -82,8 +86,8 @@ def adapter_option(text: str) -> tuple[Path, float]:
     return Path(path), factor
 
 
-def model_config(model: str, family: str | None, variant: str | None) -> ModelConfig:
-    """The configuration of base weights: a diffusers directory, a hub id, or a single file of a network.
+def _of_model(model: str, family: str | None, variant: str | None) -> Weights:
+    """Base weights: a diffusers directory, a hub id, or a single file of a network.
 
     What a single file lacks (autoencoder, encoders) is taken from the variant's repository on the hub.
     """
@@ -98,14 +102,14 @@ def model_config(model: str, family: str | None, variant: str | None) -> ModelCo
     name = family or _family_of(model, path)
     config = ModelConfig(family=name, variant=variant, path=model)
     if not path.is_file():
-        return config
+        return Weights(open_family(config), path.name if path.exists() else model)
     if variant is None:
         known = ", ".join(family_class(name).variants)
         raise UserError(f"--model {model} is a single file: say which {name} it is with --variant ({known}).")
     one = open_family(config).variant
     elsewhere = PartConfig(path=one.hub)
     fields = [part for part in one.parts if part in ModelConfig.model_fields and part not in ("network", "tokenizer")]
-    return config.model_copy(update={part: elsewhere for part in fields})
+    return Weights(open_family(config.model_copy(update=dict.fromkeys(fields, elsewhere))), path.name)
 
 
 def _family_of(model: str, path: Path) -> str:
@@ -141,7 +145,22 @@ def _index_on_hub(model: str) -> Path:
         ) from error
 
 
-# -- runs ------------------------------------------------------------------------------------------------------------
+# -- runs and exports ------------------------------------------------------------------------------------------------
+
+
+def _of_export(path: Path) -> Weights | None:
+    """An export, or a directory inside one; None if it is neither."""
+    from kinema.config.load import load_config
+    from kinema.training.export import DESCRIPTION, read_export
+
+    place = next((place for place in (path, path.parent) if (place / DESCRIPTION).is_file()), None)
+    export = None if place is None else read_export(place)
+    if place is None or export is None:
+        return None
+    config = load_config(place / "config.toml")
+    adapters = () if export.adapter is None else ((export.adapter, 1.0),)
+    label = f"{config.run.dir.name} at step {export.step}"
+    return Weights(open_family(_free(export.model), config.run.seed), label, config, adapters=adapters)
 
 
 def _of_run(run: Path, ema: bool) -> Weights:
@@ -151,45 +170,49 @@ def _of_run(run: Path, ema: bool) -> Weights:
     checkpoints will do.
     """
     from kinema.config.load import load_config
+    from kinema.training.export import list_exports
 
     if not run.is_dir():
         raise UserError(f"--run {run}: there is no such directory.")
     if not (run / "config.toml").is_file():
-        raise UserError(f"--run {run} is no run directory: it has no config.toml. An export is sampled with --model.")
+        raise UserError(f"--run {run} is no run directory: it has no config.toml.")
     config = load_config(run / "config.toml")
-    export = _newest(run / "exports", "diffusers")
-    checkpoint = _newest(run / "checkpoints", "meta.json")
+    exports = list_exports(run / "exports")
+    checkpoint = _newest_checkpoint(run / "checkpoints")
     if config.training.ema is not None and not ema:
-        export = None
+        exports = []
         if checkpoint is None:
             raise UserError(f"--no-ema: {run} has no checkpoint, which alone holds weights that are not averaged.")
-    if export is None and checkpoint is None:
+    if not exports and checkpoint is None:
         raise UserError(f"--run {run} holds neither an export nor a checkpoint: nothing has been trained in it yet.")
-    # the type that the network is sampled in is the command's to say, not that of its storage in training
-    model = config.model.model_copy(update={"network": config.model.network.model_copy(update={"dtype": None})})
-    if export is not None and (checkpoint is None or checkpoint[0] <= export[0]):
-        path = export[1] / "diffusers"
-        label = f"{run.name} at step {export[0]}"
-        if config.adapter is not None:
-            return Weights(open_family(model, config.run.seed), label, config, adapters=((path, 1.0),))
-        exported = {"network": PartConfig(path=str(path)), "random_weights": False}
-        return Weights(open_family(model.model_copy(update=exported)), label, config)
+    if exports and (checkpoint is None or checkpoint[0] <= _step(exports[-1])):
+        found = _of_export(exports[-1])
+        assert found is not None
+        return replace(found, label=f"{run.resolve().name} at step {_step(exports[-1])}", config=config)
     assert checkpoint is not None
-    label = f"{run.name} at step {checkpoint[0]}"
-    return Weights(open_family(model, config.run.seed), label, config, checkpoint[1], ema)
+    family = open_family(_free(config.model), config.run.seed)
+    return Weights(family, f"{run.resolve().name} at step {checkpoint[0]}", config, checkpoint[1], ema)
 
 
-def _newest(root: Path, needs: str) -> tuple[int, Path] | None:
-    """(step, path) of the newest complete ``step-*`` of a directory, by the time of writing among equal steps."""
+def _free(model: ModelConfig) -> ModelConfig:
+    """Without the type that the network is stored in while it trains: samples have their own."""
+    return model.model_copy(update={"network": model.network.model_copy(update={"dtype": None})})
+
+
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def _newest_checkpoint(root: Path) -> tuple[int, Path] | None:
+    """(step, path) of the complete checkpoint written last, found without importing torch."""
     found = [
-        (int(match[1]), path.stat().st_mtime, path)
+        (json.loads((path / "meta.json").read_text(encoding="utf-8"))["sequence"], _step(path), path)
         for path in (root.iterdir() if root.is_dir() else ())
-        if (match := _STEP.fullmatch(path.name)) and (path / needs).exists()
+        if _STEP.fullmatch(path.name) and (path / "meta.json").is_file()
     ]
-    if not found:
-        return None
-    step, _, path = max(found)
-    return step, path
+    return max(found)[1:] if found else None
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -199,7 +222,7 @@ def load_parts(weights: Weights, device: torch.device | str, dtype: torch.dtype)
     """All parts that the pipeline needs: networks on ``device``, the others on the CPU until their turn.
 
     Networks and text encoders have ``dtype``, the others fp32, where the configuration does not say otherwise.
-    Adapters are merged into the network, in fp32.
+    Adapters are merged into the network.
     """
     family = weights.family
     parts: Parts = {}
@@ -218,30 +241,13 @@ def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _network(weights: Weights, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    import torch
-
     family = weights.family
-    changed = weights.checkpoint is not None or bool(weights.adapters)
-    # what is merged or laid over is so in fp32, and rounded once
-    network: nn.Module = family.load("network", device, torch.float32 if changed else dtype)
+    network: nn.Module = family.load("network", device, dtype)
     if weights.checkpoint is not None:
         _lay_over(weights, network, weights.checkpoint)
     for path, factor in weights.adapters:
         _merge(family, network, path, factor)
-    if changed:
-        network = _rounded(network, dtype)
     return network.eval().requires_grad_(False)
-
-
-def _rounded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In ``dtype``, but for the modules that must stay in fp32."""
-    import torch
-
-    exact = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype != torch.float32 else set()
-    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if tensor.is_floating_point() and not exact & set(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-    return network
 
 
 def _merge(family: Family, network: nn.Module, path: Path, factor: float) -> None:
@@ -272,15 +278,30 @@ def _lay_over(weights: Weights, network: nn.Module, checkpoint: Path) -> None:
     stored = contents(checkpoint)
     group = "ema" if weights.ema and any(key.startswith("ema.") for key in stored) else "networks"
     parameters = named_trainables({name: trained})
-    # in the types that they were saved in, which may differ from the network's
-    tensors = {
-        key: torch.empty(value.shape, dtype=stored.get(f"{group}.{key}", ((), value.dtype))[1])
-        for key, value in parameters.items()
-    }
     world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
-    load(checkpoint, {group: tensors}, world)
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(tensors[key])
+    for keys in _pieces({key: value.numel() for key, value in parameters.items()}):
+        tensors = {
+            key: torch.empty(parameters[key].shape, dtype=stored[f"{group}.{key}"][1])
+            for key in keys
+            if f"{group}.{key}" in stored
+        }
+        missing = {key: parameters[key] for key in keys if key not in tensors}
+        load(checkpoint, {group: tensors | missing}, world)  # refuses what is missing, by its name
+        with torch.no_grad():
+            for key, value in tensors.items():
+                parameters[key].copy_(value)
     if config.adapter is not None:
         merge_adapter(network)
+
+
+def _pieces(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in their order, in pieces of at most `PIECE` elements where that is more than one tensor: memory
+    need not hold a network twice."""
+    piece: list[str] = []
+    for name, size in sizes.items():
+        if piece and sum(sizes[one] for one in piece) + size > PIECE:
+            yield piece
+            piece = []
+        piece.append(name)
+    if piece:
+        yield piece

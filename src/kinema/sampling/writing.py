@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-CRF = 14
+CRF = 10
 """Quality of the H.264 files: 0 is lossless, 18 visually so, 51 the worst. Low, for judges read them too."""
 KEY = "comment"
 """Where a file carries its settings: mp4's comment, or png's text chunk of that name."""
