@@ -232,3 +232,47 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path, base, monkeyp
     with pytest.raises(UserError, match=r"cannot write the export .*step-00000002: No space left on device"):
         write(config, network, 2)
     assert [entry.name for entry in (config.run.dir / "exports").iterdir()] == ["step-00000001"]
+
+
+def sharded_export(rank, port, base, root):
+    """One of two ranks: shard the network, export it and its adapter."""
+    import os
+
+    from kinema.parallel.data import shard
+    from kinema.parallel.mesh import start, stop
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for name, adapter in (("whole", None), ("adapter", {"rank": 4})):
+        config = make_config(base, root / name, adapter=adapter, parallel={"dp_shard": 2})
+        world = start(config.parallel, "cpu")
+        network, family = trained(config), open_family(config.model)
+        shard(network, family.blocks(network), world)
+        export_weights(config.run.dir / "exports", 1, family, network, config, world)
+        world.barrier()
+        stop()
+
+
+def test_sharded_weights_are_gathered(tmp_path, base):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_export, (port, base, tmp_path), nprocs=2)
+    for name, adapter in (("whole", None), ("adapter", {"rank": 4})):
+        ranks, alone = tmp_path / name, tmp_path / f"{name}-alone"
+        config = make_config(base, alone, adapter=adapter)
+        write(config, trained(config), step=1)
+        files = [
+            file.relative_to(alone) for file in sorted(alone.rglob("*")) if file.suffix in (".safetensors", ".json")
+        ]
+        assert len(files) == (4 if adapter is None else 3)
+        for file in files:
+            if file.suffix == ".json":
+                assert (ranks / file).read_text() == (alone / file).read_text()
+                continue
+            ours, theirs = load_file(ranks / file), load_file(alone / file)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
