@@ -55,12 +55,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 
+# --no-compile: most modules are never imported; those that are get compiled then
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e .
+	$(PIP) install --quiet --no-compile -c constraints.txt setuptools
+	$(PIP) install --quiet --no-compile -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install --quiet --no-compile -c constraints.txt setuptools
+	$(PIP) install --quiet --no-compile -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $(VENV)/.installed $@
