@@ -189,8 +189,8 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_finished(tmp_path:
         process = FORK.Process(target=_write_and_tell, args=(tmp_path, attempt * 100_000, sender, 6))
         process.start()
         sender.close()
-        told.append(receiver.recv())  # it has begun
-        time.sleep(rng.uniform(0, 0.15))
+        told += [receiver.recv() for _ in range(rng.randint(1, 20))]
+        time.sleep(rng.uniform(0, 0.003))  # anywhere in an entry, or in a sealing
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         try:
@@ -198,7 +198,7 @@ def test_a_writer_killed_at_any_moment_loses_nothing_that_was_finished(tmp_path:
                 told.append(receiver.recv())
         except EOFError:
             pass
-    assert len(told) > 50
+    assert len(told) >= 8
     cache = Cache(tmp_path)
     for index in told:
         check_entry(cache, index, 5000)
