@@ -201,16 +201,21 @@ def with_config(spec: PartSpec, found: Found | None, config: Path | None, shippe
     for path in (config, shipped / spec.folder / spec.config_file):
         if path is None or not path.is_file():
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}.") from None
+        content = read_json(path)
         named = content.get("_class_name")
         if not spec.model or named is None or spec.model.endswith(f":{named}"):
             return Source(spec, found, content, path, model_name)
     if spec.model:
         raise UserError(f"There is no {spec.config_file} for the {spec.what}; give a diffusers directory.")
     return Source(spec, found, {}, shipped, model_name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a configuration file; UserError if it is broken."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
 
 
 def model_class(spec: PartSpec) -> Any:
@@ -229,7 +234,10 @@ def build(spec: PartSpec, config: Mapping[str, Any], *, empty: bool = False) -> 
     cls = model_class(spec)
     if empty:
         with init_empty_weights(include_buffers=False):
-            return build(spec, config)
+            module = build(spec, config)
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()  # type: ignore[operator]
+        return module
     if hasattr(cls, "load_config"):  # diffusers
         return cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})
     return cls(cls.config_class.from_dict(dict(config)))

@@ -8,7 +8,6 @@ a mask, in 20 channels beside x_t. Inputs equal those of diffusers' WanPipeline 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from kinema.families.loading import (
     is_hub_id,
     load_weights,
     part_config,
+    read_json,
     with_config,
 )
 from kinema.families.tensors import looks_like, tensor_shapes
@@ -91,7 +91,7 @@ class Wan(Family):
                 f"model.variant: name one ({', '.join(self.variants)}), or give model.path to read it from."
             )
         path = self._config_file("network", found)
-        described = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        described = read_json(path) if path else {}
         if "num_attention_heads" in described:  # the original layout's file calls it num_heads
             width = described["num_attention_heads"] * described["attention_head_dim"]
             from_image = described.get("image_dim") is not None
@@ -108,8 +108,9 @@ class Wan(Family):
             return "t2v-14b" if width >= 5120 else "t2v-1.3b"
         # The two have the same shapes: official names tell, and so does the time shift of a diffusers directory.
         scheduler = self._find("scheduler", weights=False)
-        shift = json.loads(scheduler.config.read_text()).get("flow_shift") if scheduler and scheduler.config else None
-        return "i2v-14b-720p" if (shift or 0) >= 5 or "720" in found.place.name else "i2v-14b-480p"
+        shift = read_json(scheduler.config).get("flow_shift") if scheduler and scheduler.config else None
+        named = "720p" in f"{found.place.parent.name}/{found.place.name}".lower()
+        return "i2v-14b-720p" if named or (shift or 0) >= 5 else "i2v-14b-480p"
 
     def _find(self, part: str, *, weights: bool = True) -> Found | None:
         return find(self.config, part, PARTS[part], weights=weights)
@@ -125,13 +126,13 @@ class Wan(Family):
         return of_model.config if of_model else None
 
     def _source(self, part: str) -> Source:
-        if part not in self.variant.parts:
-            raise UserError(
-                f"wan {self.variant.name} has no part '{part}'. Its parts: {', '.join(self.variant.parts)}."
-            )
-        found = self._find(part)
+        assert part in self.variant.parts, f"{self.variant.name} has no part {part}"
+        found = self._find(part, weights=not self._is_drawn(part))
         shipped = CONFIGS / self.name / self.variant.name
         return with_config(PARTS[part], found, self._config_file(part, found), shipped, f"wan {self.variant.name}")
+
+    def _is_drawn(self, part: str) -> bool:
+        return part == "network" and self.config.random_weights
 
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         import torch
@@ -148,9 +149,8 @@ class Wan(Family):
             from transformers import CLIPImageProcessorPil
 
             return CLIPImageProcessorPil(**{k: v for k, v in source.config.items() if k != "image_processor_type"})
-        if part == "network" and self.config.random_weights:
-            seed = derive_seed(self.seed, "random_weights", part)
-            return random_network(source, seed, device, dtype)
+        if self._is_drawn(part):
+            return random_network(source, derive_seed(self.seed, "random_weights", part), device, dtype)
         if source.found is None:
             raise UserError(self._nowhere(part))
         if part == "tokenizer":
@@ -172,9 +172,10 @@ class Wan(Family):
         identities = [ENCODING_VERSION]
         for part in parts:
             source = self._source(part)
-            drawn = part == "network" and self.config.random_weights
-            identity = part_identity(None if drawn else source.found, source.config)
-            identities.append(f"{part} {identity} {part_config(self.config, part).dtype} {self.seed if drawn else ''}")
+            drawn = self._is_drawn(part)
+            identity = f"{self.seed} " if drawn else ""
+            identity += part_identity(None if drawn else source.found, source.config)
+            identities.append(f"{part} {identity} {part_config(self.config, part).dtype}")
         return hashlib.blake2b("\n".join(identities).encode(), digest_size=16).hexdigest()
 
     def encodings(self) -> tuple[Encoding, ...]:
@@ -274,10 +275,10 @@ class Wan(Family):
                 )
         for part in self.variant.parts:
             own, near = (part_config(config.model, name).path for name in (part, PARTS[part].beside or part))
-            if any(is_hub_id(path) for path in (own, near, config.model.path)):
+            if is_hub_id(own) or (own is None and (is_hub_id(near) or is_hub_id(config.model.path))):
                 continue  # fetched when work starts
             shipped = CONFIGS / self.name / self.variant.name / PARTS[part].folder
-            needs_files = PARTS[part].model and not (part == "network" and config.model.random_weights)
+            needs_files = PARTS[part].model and not self._is_drawn(part)
             if self._find(part) is None and (needs_files or not shipped.is_dir()):
                 raise ConfigError(self._nowhere(part))
 
