@@ -164,6 +164,7 @@ def open_data(
     """
     import torch
 
+    assert config.training.precision != "auto", "the precision is settled before data is opened"
     dropout = config.training.caption_dropout if training else 0.0
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
     directory = config.data.cache or config.run.dir.parent / "cache"
