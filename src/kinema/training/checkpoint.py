@@ -284,8 +284,8 @@ def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | No
         if reason is None:
             raise
         raise UserError(
-            f"checkpoint {path} is damaged: {reason}. Resume from another checkpoint, or copy this one again from where it "
-            "came from."
+            f"checkpoint {path} is damaged: {reason}. Resume from another checkpoint, or copy this one "
+            "again from where it came from."
         ) from error
     return meta
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from kinema.memory.checkpointing import checkpoint_blocks
+
+
+def network(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    wan = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=32,
+    )
+    for module in wan.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return wan.train()
+
+
+def run(wan: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of one step on fixed inputs, under a fixed state of the generators."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 2, 8, 8, generator=generator).to(dtype)
+    text = torch.randn(2, 5, 16, generator=generator).to(dtype)
+    torch.manual_seed(2)
+    output = wan(x, torch.tensor([100.0, 700.0]), text, return_dict=False)[0]
+    torch.manual_seed(3)  # what happens between forward and backward must not matter
+    output.square().mean().backward()
+    return output, {name: p.grad.clone() for name, p in wan.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_gradients(dropout: float, dtype: torch.dtype) -> None:
+    plain, checkpointed = network(dropout).to(dtype), network(dropout).to(dtype)
+    checkpoint_blocks({"blocks": checkpointed.blocks})
+    output, gradients = run(plain, dtype)
+    same_output, same_gradients = run(checkpointed, dtype)
+    assert torch.equal(output, same_output)
+    assert gradients.keys() == same_gradients.keys() and len(gradients) == len(list(plain.parameters()))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same_gradients[name]), name
+    if dropout:
+        assert not torch.equal(output, run(network().to(dtype), dtype)[0])
+
+
+def saved_bytes(wan: nn.Module) -> int:
+    """Bytes of distinct activations that autograd keeps for the backward pass, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in wan.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    kept: list[Any] = []  # freed storages would give their addresses to others
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), pack(t))[1], lambda t: t):
+        wan(torch.randn(2, 4, 2, 8, 8), torch.tensor([1.0, 2.0]), torch.randn(2, 5, 16), return_dict=False)
+    return sum(seen.values())
+
+
+def test_activations_shrink() -> None:
+    plain, checkpointed = network(), network()
+    checkpoint_blocks({"blocks": checkpointed.blocks})
+    assert saved_bytes(checkpointed) < 0.3 * saved_bytes(plain)
+
+
+def test_names_copies_and_inference() -> None:
+    wan = network()
+    names = list(wan.state_dict())
+    checkpoint_blocks({"blocks": wan.blocks})
+    assert list(wan.state_dict()) == names
+    twin = copy.deepcopy(wan)
+    before = run(wan)[0]
+    with torch.no_grad():
+        for parameter in twin.blocks.parameters():
+            parameter.zero_()
+        assert torch.equal(run_no_grad(wan), before)
+        assert not torch.equal(run_no_grad(twin), before)  # the copy runs its own blocks
+    with pytest.raises(AssertionError, match="already overridden"):
+        checkpoint_blocks({"blocks": wan.blocks})
+
+
+def run_no_grad(wan: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 2, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    return wan(x, torch.tensor([100.0, 700.0]), text, return_dict=False)[0]

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kinema.config.schema import ParallelConfig
+from kinema.errors import UserError
+from kinema.parallel.mesh import data_parallel_sizes, start
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "processes", "sizes"),
+    [("auto", 1, 1, (1, 1)), ("auto", 1, 6, (6, 1)), ("auto", 2, 6, (3, 2)), (2, 3, 6, (2, 3)), (1, 8, 8, (1, 8))],
+)
+def test_sizes(replicate: int, shard: int, processes: int, sizes: tuple[int, int]) -> None:
+    parallel = ParallelConfig(dp_replicate=replicate, dp_shard=shard)
+    assert data_parallel_sizes(parallel, processes) == sizes
+
+
+@pytest.mark.parametrize(
+    ("parallel", "processes", "parts"),
+    [
+        (ParallelConfig(dp_shard=4), 6, ("dp_shard = 4", "6 processes", "torchrun --nproc-per-node 4", "divisor of 6")),
+        (ParallelConfig(dp_shard=2), 1, ("dp_shard = 2", "1 process", "torchrun --nproc-per-node 2")),
+        (
+            ParallelConfig(dp_replicate=2, dp_shard=2),
+            2,
+            ("dp_replicate = 2", "4 processes", "has 2", "torchrun --nproc-per-node 4"),
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(parallel: ParallelConfig, processes: int, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        data_parallel_sizes(parallel, processes)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_one_process_needs_no_group() -> None:
+    world = start(ParallelConfig(), "cpu")
+    assert (world.rank, world.size, world.dp_rank, world.dp_size, world.mesh) == (0, 1, 0, 1, None)
+    assert world.is_main and world.device == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    world.barrier()
+    assert world.broadcast_object({"a": 1}) == {"a": 1}
+    assert world.gather_objects("x") == ["x"]
+    assert world.all_reduce_sum(2.5) == 2.5
+    assert world.all_reduce_sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
