@@ -34,7 +34,7 @@ def assert_same(run, unbroken_state, unbroken_metrics):
     assert ours == theirs
 
 
-def kill_until_done(config, run, kills, moment):
+def kill_until_done(config, kills, moment):
     """SIGKILL ``kills`` times at moments that ``moment(process)`` waits for, then let the run end."""
     for _ in range(kills):
         process = start_training(config)
@@ -57,7 +57,7 @@ def test_killed_runs_end_with_the_same_bits(unbroken):
             time.sleep(0.01)
         time.sleep(draw.random() * 0.2)
 
-    kill_until_done(config, root / "run", 3, some_steps_in)
+    kill_until_done(config, 3, some_steps_in)
     assert_same(root / "run", state, rows)
 
 
@@ -72,11 +72,11 @@ def test_ten_kills_at_random_moments(unbroken):
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    kill_until_done(config, root / "run", 10, any_moment)
+    kill_until_done(config, 10, any_moment)
     assert_same(root / "run", state, rows)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_quits(unbroken, number):
     root, config, state, rows = unbroken
     shutil.rmtree(root / "run", ignore_errors=True)

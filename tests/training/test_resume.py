@@ -52,8 +52,9 @@ def test_changed_data_needs_a_flag():
 
 def test_an_old_run_is_moved_not_deleted(tmp_path):
     assert set_aside(tmp_path / "nothing") is None
+    (tmp_path / "mine.txt").write_text("not a run's")
     for name in ("first", "second"):
         (tmp_path / "metrics.jsonl").write_text(name)
         moved = set_aside(tmp_path)
         assert (moved / "metrics.jsonl").read_text() == name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["previous-1", "previous-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "previous-1", "previous-2"]

@@ -106,14 +106,24 @@ def check_data(old: str, new: str, options: ResumeOptions) -> None:
         )
 
 
+RUN_CONTENTS = (
+    "config.toml",
+    "environment.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "exports",
+    "previews",
+    "samples",
+    "report.html",
+)
+"""What a run writes into its directory."""
+
+
 def set_aside(directory: Path) -> Path | None:
-    """Move the contents of a run directory into ``previous-N`` inside it; returns that directory, or None if there was
-    nothing to move."""
-    contents = (
-        [path for path in directory.iterdir() if not path.name.startswith("previous-")]
-        if directory.exists()
-        else []
-    )
+    """Move what an earlier run left in its directory into ``previous-N`` inside it; returns that directory, or None if
+    there was nothing to move. Files that no run writes stay."""
+    contents = [directory / name for name in RUN_CONTENTS if (directory / name).exists()]
     if not contents:
         return None
     number = 1

@@ -184,7 +184,8 @@ class Run:
         if meta is not None:
             check_data(meta["dataset"], self.data.fingerprint, self.options)
         self.evaluation_sets = {
-            one.name: open_data(config, one.sources, self.family, world, self.say) for one in config.evaluation.sets
+            one.name: open_data(config, one.sources, self.family, world, self.say, training=False)
+            for one in config.evaluation.sets
         }
 
     @contextmanager
