@@ -144,7 +144,7 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
     Examines every file, lists what cannot be used and why, and caches latents and text. Trains nothing.
     """
     loaded = _load(context, config)
-    from kinema.data.dataset import prepare_data
+    from kinema.training.prepare import prepare_data
 
     prepare_data(loaded)
 
