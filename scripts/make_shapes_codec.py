@@ -40,13 +40,15 @@ class Phase:
     max_noise: float
     world_share: float
     batches: tuple[tuple[float, int, int, int], ...]
+    decoder_only: bool = False
 
 
 PHASES = (
     Phase(900, 0.04, 2e-3, 0.5, 0.5, ((0.7, 8, 5, 32), (0.85, 8, 9, 32), (1.0, 2, 17, 64))),
     Phase(800, 0.025, 2e-3, 0.3, 0.75, ((0.85, 4, 9, 48), (1.0, 3, 17, 64))),
+    Phase(700, 0.02, 2e-3, 0.5, 0.75, ((1.0, 4, 17, 64),), decoder_only=True),
 )
-"""First from nothing on small cuts; then, with channels uncorrelated, finer on larger ones."""
+"""From nothing on small cuts; finer on larger ones, the channels uncorrelated; then the decoder on whole clips."""
 POSTERIOR_STD = 0.03
 """Standard deviation of the shipped posterior, in units of a latent channel's own."""
 
@@ -147,8 +149,11 @@ def train(vae: AutoencoderKLWan, phase: Phase, seed: int, log_every: int = 50) -
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    matrices = [p for p in vae.parameters() if p.ndim > 1 and p[0].numel() > 1]
-    others = [p for p in vae.parameters() if not (p.ndim > 1 and p[0].numel() > 1)]
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not phase.decoder_only)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1 and p[0].numel() > 1]
+    others = [p for p in trained if not (p.ndim > 1 and p[0].numel() > 1)]
     muon = Muon(matrices, phase.muon_lr)
     adam = torch.optim.AdamW(others, phase.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
     started = time.time()
@@ -164,10 +169,10 @@ def train(vae: AutoencoderKLWan, phase: Phase, seed: int, log_every: int = 50) -
         noise = torch.randn(z.shape, generator=generator) * level.view(-1, 1, 1, 1, 1)
         difference = decode_unclamped(vae, z + noise * std) - x
         loss = difference.abs().mean() + difference.square().mean()
-        total = loss + SPREAD_WEIGHT * spread_penalty((z - mean) / std)
+        total = loss if phase.decoder_only else loss + SPREAD_WEIGHT * spread_penalty((z - mean) / std)
         vae.zero_grad()
         total.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         muon.step()
         adam.step()
         if step % log_every == 0 or step == phase.steps - 1:
@@ -266,8 +271,9 @@ def main() -> None:
     vae = AutoencoderKLWan(**models.VAE_CONFIG)
     for number, phase in enumerate(PHASES):
         train(vae.train(), phase, args.seed + number)
-        mean, std = decorrelate(vae.eval())
-        vae.register_to_config(latents_mean=mean, latents_std=std)
+        if not phase.decoder_only:
+            mean, std = decorrelate(vae.eval())
+            vae.register_to_config(latents_mean=mean, latents_std=std)
     half = {name: value.half().contiguous() for name, value in vae.state_dict().items()}
     vae.load_state_dict({name: value.float() for name, value in half.items()})
     statistics = {"latents_mean": torch.tensor(mean), "latents_std": torch.tensor(std)}

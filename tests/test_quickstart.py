@@ -31,7 +31,9 @@ def test_the_quickstart_leaves_what_it_promises(tmp_path, capsys):
     assert stored == scores
     read_back = [judge(directory / "samples" / row["file"]) for row in rows]
     for name in ATTRIBUTES:
-        right = [getattr(v, name) == getattr(parse_caption(r["prompt"]), name) for v, r in zip(read_back, rows, strict=True)]
+        right = [
+            getattr(v, name) == getattr(parse_caption(r["prompt"]), name) for v, r in zip(read_back, rows, strict=True)
+        ]
         assert stored["held_out"][name] == sum(right) / len(right)
         assert stored["judge_on_fresh_clips"][name] >= 0.99
     assert stored["held_out"]["all"] < 0.1  # three steps teach nothing, and the judge knows

@@ -64,7 +64,9 @@ def test_a_lora_on_real_clips(tmp_path, capfd):
     export = tmp_path / "run" / "exports" / "step-00000020"
     weights = load_file(next((export / "diffusers").glob("*.safetensors")))
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
-    assert all(name.startswith("diffusion_model.") for name in load_file(next((export / "comfyui").glob("*.safetensors"))))
+    assert all(
+        name.startswith("diffusion_model.") for name in load_file(next((export / "comfyui").glob("*.safetensors")))
+    )
 
     written = sample(["a bike in the rain"], run=tmp_path / "run", steps=2, num_samples=2)
     videos = [read_video(path) for path in written]

@@ -100,7 +100,7 @@ def _config_command(name: str) -> Callable[[Any], Any]:
 
 
 @_config_command("train")
-def train(  # noqa: PLR0917 - an option each
+def train(
     context: typer.Context,
     config: ConfigFile,
     resume: Annotated[
@@ -150,7 +150,7 @@ def cache(context: typer.Context, config: ConfigFile) -> None:
 
 
 @app.command()
-def sample(  # noqa: PLR0917 - an option each
+def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One video or picture for each.")],
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run directory: its model with what it trained.")

@@ -41,9 +41,7 @@ def test_nearest_in_log_aspect(width: int, height: int, expected: float) -> None
     assert place[1] == Clip(0, 1, 0.0)
 
 
-@pytest.mark.parametrize(
-    "count, nearest", [(32, "29 or 33"), (16, "13 or 17"), (2, "1 or 5"), (0, "1"), (-3, "1")]
-)
+@pytest.mark.parametrize("count, nearest", [(32, "29 or 33"), (16, "13 or 17"), (2, "1 or 5"), (0, "1"), (-3, "1")])
 def test_frame_counts_must_fit_the_stride(count: int, nearest: str) -> None:
     with pytest.raises(UserError, match=rf"{count} frames .* nearest: {nearest}$"):
         make_buckets(BucketSpec(frames=(count,)))
@@ -53,9 +51,7 @@ def test_frame_counts_must_fit_the_stride(count: int, nearest: str) -> None:
 def test_size_buckets_are_checked_and_used_as_they_are() -> None:
     with pytest.raises(UserError, match=r"500x512x1: width must be a multiple of 16.*496 or 512"):
         make_buckets(BucketSpec(size_buckets=[(500, 512, 1)]))
-    (group,) = make_buckets(
-        BucketSpec(size_buckets=[(832, 480, 81), (832, 480, 17), (480, 832, 17), (480, 480, 1)])
-    )
+    (group,) = make_buckets(BucketSpec(size_buckets=[(832, 480, 81), (832, 480, 17), (480, 832, 17), (480, 480, 1)]))
     assert assign(video(frames=100), group) == (Bucket(81, 480, 832), Clip(0, 81, 25.0))
     assert assign(video(frames=50), group) == (Bucket(17, 480, 832), Clip(0, 17, 25.0))
     assert assign(MediaInfo("image", 900, 100), group) == (Bucket(1, 480, 480), Clip())

@@ -48,7 +48,7 @@ def nearest_index(k: int, source: float, target: float) -> int:
         ("nasa_13013.mp4", (480, 270), 390, 30000 / 1001, "yuv420p", "limited"),
     ],
 )
-def test_real_clips(  # noqa: PLR0917
+def test_real_clips(
     clips: Path,
     name: str,
     size: tuple[int, int],
@@ -69,9 +69,7 @@ def test_real_clips(  # noqa: PLR0917
     assert pixels.std() > 5
 
 
-@pytest.mark.parametrize(
-    "name, matrix", [("bt709_full_range.mp4", 1), ("bikes.mp4", 5), ("bigbuckbunny.mp4", 1)]
-)
+@pytest.mark.parametrize("name, matrix", [("bt709_full_range.mp4", 1), ("bikes.mp4", 5), ("bigbuckbunny.mp4", 1)])
 def test_colours_agree_with_swscale_told_explicitly(clips: Path, name: str, matrix: int) -> None:
     import av
     from av.video.reformatter import Interpolation
@@ -317,9 +315,7 @@ def test_attached_picture_is_not_the_video(tmp_path: Path) -> None:
                 container.mux(video.encode(av.VideoFrame.from_ndarray(numbered_frame(index), format="rgb24")))
             if video:
                 container.mux(video.encode())
-            silence = av.AudioFrame.from_ndarray(
-                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
-            )
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             silence.sample_rate = 44100
             container.mux(sound.encode(silence))
             container.mux(sound.encode())
@@ -339,9 +335,7 @@ def test_the_larger_of_two_video_streams(tmp_path: Path) -> None:
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(4):
             for stream in streams:
-                frame = av.VideoFrame.from_ndarray(
-                    numbered_frame(index, stream.height, stream.width), format="rgb24"
-                )
+                frame = av.VideoFrame.from_ndarray(numbered_frame(index, stream.height, stream.width), format="rgb24")
                 container.mux(stream.encode(frame))
         for stream in streams:
             container.mux(stream.encode())
@@ -578,9 +572,7 @@ def test_memory_does_not_grow_with_the_length_of_the_file(tmp_path: Path) -> Non
     for count in (150, 1500):
         frames = [numbered_frame(i % 8, 180, 320) for i in range(8)]
         path = write_video(tmp_path / f"{count}.mp4", [frames[i % 8] for i in range(count)])
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True
-        )
+        result = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
         decoded, peak = map(int, result.stdout.split())
         assert decoded == count
         peaks.append(peak)

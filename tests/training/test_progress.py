@@ -2,9 +2,7 @@ from kinema.config.schema import Every
 from kinema.training.progress import Progress, due
 
 
-def steps_when_due(
-    every: Every, total: int, examples: int = 3, steps_per_epoch: int = 5, start: int = 0
-) -> list[int]:
+def steps_when_due(every: Every, total: int, examples: int = 3, steps_per_epoch: int = 5, start: int = 0) -> list[int]:
     progress = Progress(steps_per_epoch=steps_per_epoch)
     found = []
     for _ in range(total):

@@ -63,5 +63,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-        moved = {name: [value.to(device, non_blocking=True) for value in values] for name, values in self.tensors.items()}
+        moved = {name: [v.to(device, non_blocking=True) for v in values] for name, values in self.tensors.items()}
         return Batch(self.step, moved, self.captions, self.indices, self.weights)

@@ -141,9 +141,7 @@ def _aspect_ratios(spec: BucketSpec) -> list[float]:
     if spec.aspect_ratios is not None:
         ratios = [float(r) if isinstance(r, (int, float)) else r[0] / r[1] for r in spec.aspect_ratios]
         if not ratios or min(ratios) <= 0:
-            raise UserError(
-                "aspect_ratios must be positive numbers (width / height) or [width, height] pairs"
-            )
+            raise UserError("aspect_ratios must be positive numbers (width / height) or [width, height] pairs")
         return ratios
     low, high, count = spec.min_aspect, spec.max_aspect, spec.num_aspect_buckets
     if not 0 < low <= high:
@@ -192,9 +190,7 @@ def clip_rate(info: MediaInfo, fps: float | None) -> float:
     return fps
 
 
-def assign(
-    info: MediaInfo, group: BucketGroup, target_fps: float | None = None
-) -> tuple[Bucket, Clip] | Misfit:
+def assign(info: MediaInfo, group: BucketGroup, target_fps: float | None = None) -> tuple[Bucket, Clip] | Misfit:
     """The bucket of a group that suits a file best, and the clip that fills it; or why none does.
 
     Of the buckets with no more frames than the file has at ``target_fps`` (a picture: 1): nearest in log

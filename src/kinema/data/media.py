@@ -66,9 +66,7 @@ def _require_file(path: Path) -> None:
         raise MediaError(f"{path} may not be read: check its permissions", "missing")
 
 
-def decode_clip(
-    path: Path | str, clip: Clip, transform: Transform, info: MediaInfo | None = None
-) -> np.ndarray:
+def decode_clip(path: Path | str, clip: Clip, transform: Transform, info: MediaInfo | None = None) -> np.ndarray:
     """The clip's pixels as the bucket wants them: uint8 [C, T, H, W] in RGB.
 
     Frame k of the clip is the source frame nearest to (clip.start + k) / clip.fps seconds after the file's
@@ -105,9 +103,7 @@ def _clip_frames(path: Path, clip: Clip, info: MediaInfo) -> Iterator[tuple[int,
         return
     with open_picture(path) as image:
         if image is None:
-            raise MediaError(
-                f"{path} was a picture when it was probed and no longer is", "unreadable picture"
-            )
+            raise MediaError(f"{path} was a picture when it was probed and no longer is", "unreadable picture")
         if info.kind == "image":
             if clip.frames != 1:
                 raise MediaError(f"{path} is a picture: it cannot fill {clip.frames} frames", "too short")

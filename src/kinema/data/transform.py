@@ -38,9 +38,7 @@ class Transform:
 
 def cover_box(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
     """The largest centred box of the given width/height ratio in a frame: (left, top, right, bottom)."""
-    box_w, box_h = (
-        (height * aspect, float(height)) if width > height * aspect else (float(width), width / aspect)
-    )
+    box_w, box_h = (height * aspect, float(height)) if width > height * aspect else (float(width), width / aspect)
     left, top = (width - box_w) / 2, (height - box_h) / 2
     return max(left, 0.0), max(top, 0.0), min(left + box_w, float(width)), min(top + box_h, float(height))
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 CONTAINERS = (
-    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,obu,h264,hevc,av1,m4v,yuv4mpegpipe,nut,mxf,"
-    "dv,rm,wtv"
+    "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,obu,h264,hevc,av1,m4v,yuv4mpegpipe,nut,mxf,dv,rm,wtv"
 )
 """What FFmpeg may open: no playlists and no subtitles, which could make it read other files or the
 network."""
@@ -356,9 +355,7 @@ def colour_of(frame: VideoFrame) -> tuple[str, bool]:
     name = frame.format.name
     if frame.format.is_rgb or name.startswith(("gray", "mono", "pal")):
         return "rgb", True
-    matrix = MATRICES.get(frame.colorspace) or (
-        "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
-    )
+    matrix = MATRICES.get(frame.colorspace) or ("bt709" if frame.width >= 1280 or frame.height > 576 else "bt601")
     return matrix, frame.color_range == 2 or (frame.color_range == 0 and name.startswith("yuvj"))
 
 

@@ -80,7 +80,5 @@ class Objective(Protocol):
     def __call__(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws) -> Loss:
         """The loss of one (micro-)batch."""
 
-    def at_quantile(
-        self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float
-    ) -> Loss:
+    def at_quantile(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float) -> Loss:
         """The loss with every sample's time at this quantile of the time law, for evaluation."""

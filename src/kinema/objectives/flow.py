@@ -45,9 +45,7 @@ class FlowMatching:
     def __call__(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws) -> Loss:
         return self._loss(batch, networks["student"], draws, quantile=None)
 
-    def at_quantile(
-        self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float
-    ) -> Loss:
+    def at_quantile(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws, quantile: float) -> Loss:
         return self._loss(batch, networks["student"], draws, quantile)
 
     def _loss(self, batch: Batch, student: Denoiser, draws: Draws, quantile: float | None) -> Loss:

@@ -48,9 +48,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         iterations: int = 5,
     ) -> None:
-        super().__init__(
-            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations)
-        )
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations))
         for group in self.param_groups:
             for p in group["params"]:
                 assert p.ndim == 2, f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}"

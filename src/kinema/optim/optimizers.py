@@ -24,9 +24,7 @@ def build_optimizers(
     return BUILDERS[config.type](parameters, block_matrices, config)
 
 
-def _adamw(
-    parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
-) -> list[torch.optim.Optimizer]:
+def _adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     import torch
 
     decayed = [p for p in parameters.values() if p.ndim >= 2]
@@ -40,9 +38,7 @@ def _adamw(
     return [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
 
 
-def _muon(
-    parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
-) -> list[torch.optim.Optimizer]:
+def _muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     from kinema.optim.muon import Muon
 
     matrices = [p for name, p in parameters.items() if name in block_matrices]

@@ -57,8 +57,10 @@ def run_quickstart(
 
     seconds: dict[str, float] = {}
     world = directory.with_name(directory.name + "-world")
-    print(f"The world: {clips} clips of moving shapes, {len(held_out_combos())} of {len(all_combos())} combinations kept "
-          "from training", flush=True)  # fmt: skip
+    held_out = held_out_combos()
+    print(
+        f"The world: {clips} clips; {len(held_out)} of {len(all_combos())} combinations are kept for later", flush=True
+    )
     with timed(seconds, "world"):
         write_once(world / "clips", lambda folder: write_dataset(folder, clips))
         write_once(world / "held-out", write_held_out)
@@ -76,7 +78,7 @@ def run_quickstart(
     with timed(seconds, "caching and training"):
         train(config)
 
-    prompts = [caption(combo) for combo in held_out_combos()]
+    prompts = [caption(combo) for combo in held_out]
     print(f"Sampling {len(prompts) * samples_per_prompt} videos of held-out prompts", flush=True)
     with timed(seconds, "sampling"):
         shutil.rmtree(directory / "samples", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Loss on held-out sets at fixed quantiles of the time law, with noise of its own: comparable between steps and runs."""
+"""Loss on held-out sets at fixed quantiles of the time law, with noise of its own: comparable between runs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def evaluate(
 
     totals = torch.zeros(len(QUANTILES) + 1, dtype=torch.float64)
     with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(world.device)
+        for batch in (one.to(world.device) for one in batches):
             weights = torch.tensor(batch.weights, dtype=torch.float64)
             for i, quantile in enumerate(QUANTILES):
                 draws = Draws(seed, f"evaluation {quantile:.2f}")

@@ -48,9 +48,7 @@ class Export:
     adapter: Path | None
 
 
-def export_weights(  # noqa: PLR0917 - each is a part of the run
-    root: Path, step: int, family: Family, network: nn.Module, config: Config, world: World
-) -> Path:
+def export_weights(root: Path, step: int, family: Family, network: nn.Module, config: Config, world: World) -> Path:
     """Write ``root/step-...`` under a temporary name and make it visible by one rename; older ones rotate.
 
     Every rank calls this (sharded weights are gathered, a tensor at a time); the main rank writes. Adapter or

@@ -117,9 +117,7 @@ def train_step(trainer: Trainer, batch: Batch, examples: int, asked: int) -> Ste
     if t.scale is not None:
         t.scale.unscale(parameters)
     grad_norm = clip_gradients(parameters, training.clip_norm)
-    shared = torch.stack(
-        [loss_sum, loss_sum.new_tensor(asked & 1), loss_sum.new_tensor(asked & 2), *sums.values()]
-    )
+    shared = torch.stack([loss_sum, loss_sum.new_tensor(asked & 1), loss_sum.new_tensor(asked & 2), *sums.values()])
     loss_value, save, quit_, *metrics = world.all_reduce_sum(shared).tolist()
 
     norm = float(grad_norm)

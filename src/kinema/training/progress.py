@@ -35,9 +35,7 @@ class Progress:
 
     def after_step(self, examples: int) -> Progress:
         """The counters one optimiser step later."""
-        return Progress(
-            self.step + 1, self.examples + examples, self.data_start, self.lr_start, self.steps_per_epoch
-        )
+        return Progress(self.step + 1, self.examples + examples, self.data_start, self.lr_start, self.steps_per_epoch)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -82,17 +82,13 @@ def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) ->
         rule = _rule(key)
         line = f"{key}: {before!r} -> {after!r}"
         if rule == "refused":
-            refusals.append(
-                f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)"
-            )
+            refusals.append(f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)")
         elif rule in FLAGS and not allowed[rule]:
             refusals.append(f"  {line} (allowed with {FLAGS[rule]})")
         elif rule is not None:
             announcements.append(line)
     if refusals:
-        raise UserError(
-            "This run cannot be resumed with a configuration that changes:\n" + "\n".join(refusals)
-        )
+        raise UserError("This run cannot be resumed with a configuration that changes:\n" + "\n".join(refusals))
     return announcements
 
 

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch
 from kinema.errors import UserError
-from kinema.families.base import Family, NoisePath, Parts, Prepared
+from kinema.families.base import Family
 from kinema.families.registry import open_family
+from kinema.training.networks import (
+    FamilyDenoiser,
+    block_matrices,
+    dtype_of,
+    evaluating,
+    load_networks,
+    take_weights,
+)
 from kinema.training.progress import Progress, due
 from kinema.training.resume import ResumeOptions, check_data, compare, set_aside
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
     from kinema.data.dataset import Dataset
     from kinema.parallel.mesh import World
     from kinema.training.display import TrainingDisplay
     from kinema.training.loop import StepResult, Trainer
-
-
-@dataclass(frozen=True)
-class FamilyDenoiser:
-    """A network behind its family's habits, as objectives use it."""
-
-    family: Family
-    network: nn.Module
-
-    @property
-    def path(self) -> NoisePath:
-        return self.family.path
-
-    def prepare(self, batch: Batch) -> Prepared:
-        return self.family.prepare(batch)
-
-    def tokens(self, latents: Tensor) -> int:
-        return self.family.tokens(latents)
-
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        return self.family.predict(self.network, x_t, t, conditioning)
 
 
 def train(config: Config, options: ResumeOptions | None = None) -> Path:
@@ -150,8 +135,8 @@ class Run:
         found = list_checkpoints(root)
         if found and options.resume and weights is not None:
             raise UserError(
-                f"{self.directory} holds a run with checkpoints, which --weights-from would not go on from. Give another "
-                "run.dir, or --no-resume to move the old run into a directory previous-N inside it."
+                f"{self.directory} holds a run with checkpoints, which --weights-from would not go on from. "
+                "Give another run.dir, or --no-resume to move the old run into a directory previous-N inside it."
             )
         if found and options.resume:
             return found[-1].path, None
@@ -217,14 +202,14 @@ class Run:
         from kinema.training.state import load_training_state, named_trainables
 
         config, training = self.config, self.config.training
-        self.networks = self._load_networks()
+        self.networks = load_networks(config, self.family, self.world)
         self.checkpointer = Checkpointer(
             self.directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous, self.world
         )
         if weights is not None:
-            self._take_weights(weights)
+            self.say(take_weights(self.checkpointer, weights, self.networks))
         parameters = named_trainables(self.networks)
-        optimizers = build_optimizers(parameters, self._block_matrices(), config.optimizer)
+        optimizers = build_optimizers(parameters, block_matrices(self.networks, self.family), config.optimizer)
         self.ema = None if training.ema is None else Ema(parameters.items(), training.ema.decay)
         scale = LossScale() if training.precision == "fp16" else None
 
@@ -259,57 +244,6 @@ class Run:
             accumulating=accumulating,
             before_update=self.checkpointer.wait_for_staging,
         )
-
-    def _load_networks(self) -> dict[str, nn.Module]:
-        from kinema.adapters.files import read_adapter
-        from kinema.adapters.lora import adaptable_modules, add_adapter, start_from
-        from kinema.memory.checkpointing import checkpoint_blocks
-        from kinema.parallel.data import shard
-
-        config, family = self.config, self.family
-        frozen = config.adapter is not None
-        stored = config.model.network.dtype or (config.training.precision if frozen else "fp32")
-        parts: Parts = {"network": family.load("network", "cpu", dtype_of(stored))}
-        networks = family.trainables(parts)
-        for network in networks.values():
-            network.train()
-            if config.adapter is None:
-                network.requires_grad_(True)
-            else:
-                add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
-                if config.adapter.init_from is not None:
-                    start_from(
-                        network,
-                        config.adapter,
-                        read_adapter(config.adapter.init_from, family, adaptable_modules(network)),
-                    )
-            if config.training.activation_checkpointing:
-                checkpoint_blocks(family.blocks(network))
-            shard(network, family.blocks(network), self.world)
-        return networks
-
-    def _block_matrices(self) -> set[str]:
-        """Canonical names of the 2-D weights inside the blocks."""
-        inside = {
-            parameter
-            for network in self.networks.values()
-            for blocks in self.family.blocks(network).values()
-            for parameter in blocks.parameters()
-            if parameter.ndim == 2
-        }
-        from kinema.training.state import named_trainables
-
-        return {name for name, parameter in named_trainables(self.networks).items() if parameter in inside}
-
-    def _take_weights(self, weights: Path) -> None:
-        """Start from another run's trained weights alone: the averaged ones where it kept an average."""
-        from kinema.training.checkpoint import contents
-        from kinema.training.state import named_trainables
-
-        averaged = any(name.startswith("ema.") for name in contents(weights))
-        tensors = {name: parameter.detach() for name, parameter in named_trainables(self.networks).items()}
-        self.checkpointer.load(weights, {"ema" if averaged else "networks": tensors})
-        self.say(f"Starting from the {'averaged ' if averaged else ''}weights of {weights}")
 
     def _total_steps(self, progress: Progress) -> int:
         """Length of the run; also settles where the data order and the schedule begin."""
@@ -432,19 +366,6 @@ class Run:
             self.say(f"Report: {write_report(self.directory)}")
 
 
-@contextmanager
-def evaluating(networks: Any) -> Iterator[None]:
-    """Networks in eval mode inside, as they were afterwards."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def checkpoint_at(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest of a run directory."""
     from kinema.training.checkpoint import list_checkpoints
@@ -456,10 +377,3 @@ def checkpoint_at(path: Path) -> Path:
         if found:
             return found[-1].path
     raise UserError(f"{path} is no checkpoint and no run directory with a complete checkpoint in it.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's type for a name of the configuration."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,0 +1,117 @@
+"""Networks as training needs them: loaded, adapted, laid over the devices, and in their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kinema.config.schema import Config
+from kinema.data.batch import Batch
+from kinema.families.base import Family, NoisePath, Parts, Prepared
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from kinema.parallel.mesh import World
+    from kinema.training.checkpoint import Checkpointer
+
+
+@dataclass(frozen=True)
+class FamilyDenoiser:
+    """A network behind its family's habits, as objectives use it."""
+
+    family: Family
+    network: nn.Module
+
+    @property
+    def path(self) -> NoisePath:
+        return self.family.path
+
+    def prepare(self, batch: Batch) -> Prepared:
+        return self.family.prepare(batch)
+
+    def tokens(self, latents: Tensor) -> int:
+        return self.family.tokens(latents)
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        return self.family.predict(self.network, x_t, t, conditioning)
+
+
+def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.Module]:
+    """The networks that train, by part name, on their devices: with an adapter on a frozen base, or whole."""
+    from kinema.memory.checkpointing import checkpoint_blocks
+    from kinema.parallel.data import shard
+
+    stored = config.model.network.dtype or ("fp32" if config.adapter is None else config.training.precision)
+    parts: Parts = {"network": family.load("network", "cpu", dtype_of(stored))}
+    networks = family.trainables(parts)
+    for network in networks.values():
+        network.train()
+        if config.adapter is None:
+            network.requires_grad_(True)
+        else:
+            _adapt(network, config, family)
+        if config.training.activation_checkpointing:
+            checkpoint_blocks(family.blocks(network))
+        shard(network, family.blocks(network), world)
+    return networks
+
+
+def _adapt(network: nn.Module, config: Config, family: Family) -> None:
+    from kinema.adapters.files import read_adapter
+    from kinema.adapters.lora import adaptable_modules, add_adapter, start_from
+
+    assert config.adapter is not None
+    add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
+    if config.adapter.init_from is not None:
+        adapter = read_adapter(config.adapter.init_from, family, adaptable_modules(network))
+        start_from(network, config.adapter, adapter)
+
+
+def block_matrices(networks: Mapping[str, nn.Module], family: Family) -> set[str]:
+    """Canonical names of the trained 2-D weights inside the blocks."""
+    from kinema.training.state import named_trainables
+
+    inside = {
+        parameter
+        for network in networks.values()
+        for blocks in family.blocks(network).values()
+        for parameter in blocks.parameters()
+        if parameter.ndim == 2
+    }
+    return {name for name, parameter in named_trainables(networks).items() if parameter in inside}
+
+
+def take_weights(checkpointer: Checkpointer, checkpoint: Path, networks: Mapping[str, nn.Module]) -> str:
+    """Load another run's trained weights alone, the averaged ones where it kept an average; says which."""
+    from kinema.training.checkpoint import contents
+    from kinema.training.state import named_trainables
+
+    averaged = any(name.startswith("ema.") for name in contents(checkpoint))
+    tensors = {name: parameter.detach() for name, parameter in named_trainables(networks).items()}
+    checkpointer.load(checkpoint, {"ema" if averaged else "networks": tensors})
+    return f"Starting from the {'averaged ' if averaged else ''}weights of {checkpoint}"
+
+
+@contextmanager
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Networks in eval mode inside, as they were afterwards."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's type for a name of the configuration."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
