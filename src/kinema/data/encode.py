@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kinema.errors import UserError
@@ -109,6 +110,7 @@ class EntryPlanner:
     def __init__(self, encodings: Iterable[Encoding], fingerprints: Mapping[tuple[str, ...], str], dtype: str) -> None:
         """``fingerprints``: of the encoders, by the parts; ``dtype``: what their weights are loaded in."""
         self.encodings = tuple(encodings)
+        self._transform = lru_cache(lambda height, width: Transform(height, width).fingerprint())
         self._fixed = {e.name: (e.name, e.reads, e.settings, fingerprints[e.parts], dtype) for e in self.encodings}
 
     def entries(self, item: Item, content: str, caption: str) -> list[Entry]:
@@ -116,7 +118,7 @@ class EntryPlanner:
         clip, bucket = item.clip, item.bucket
         media = (
             content, (clip.start, clip.frames, clip.fps), (bucket.frames, bucket.height, bucket.width),
-            Transform(bucket.height, bucket.width).fingerprint(),
+            self._transform(bucket.height, bucket.width),
         )  # fmt: skip
         result = []
         for encoding in self.encodings:

@@ -58,12 +58,18 @@ def gather_items(
     groups = bucket_groups(config.data.buckets, encoder)
     records, left_out = from_main(ranks, lambda: _scan(sources, config.data.missing_caption))
     fps = config.data.buckets.fps
-    threads = config.data.workers or 1
+    asked = hashlib.blake2b(repr(([astuple(group) for group in groups], fps)).encode(), digest_size=8)
+    how = f"{EXAMINED}\0{asked.hexdigest()}"
 
     def examine() -> list[Examined]:
         mine = records[ranks.rank :: ranks.size]
-        with ThreadPoolExecutor(threads, thread_name_prefix="examine") as pool:
-            return list(pool.map(lambda record: examine_once(record, groups, fps, facts), mine))
+        known = [recall(record, how, facts) for record in mine]
+        with ThreadPoolExecutor(config.data.workers or 1, thread_name_prefix="examine") as pool:
+            new = pool.map(
+                lambda record: examine_and_hash(record, groups, fps, how, facts),
+                [record for record, found in zip(mine, known, strict=True) if found is None],
+            )
+            return [found if found is not None else next(new) for found in known]
 
     shares = ranks.gather_objects(together(ranks, examine))
     items: list[Item] = []
@@ -92,30 +98,32 @@ def _scan(sources: Sequence[SourceConfig], missing_caption: str) -> tuple[list[R
     return records, left_out
 
 
-def examine_once(record: Record, groups: Sequence[BucketGroup], fps: float | None, facts: FactStore) -> Examined:
-    """Examine a file and hash its content, or remember what that gave; only full success is remembered."""
+def recall(record: Record, how: str, facts: FactStore) -> Examined | None:
+    """What examining a file gave before, if the file is as it was then and nothing was left out of it."""
     try:
-        key = _examined_key(record, groups, fps)
-        try:
-            return items_from_text(record, facts[key]), content_hash(record.path, facts), []
-        except (KeyError, ValueError, TypeError):
-            pass
+        text = facts[f"{how}\0{memo_key(record.path)}"]
+        return items_from_text(record, text), content_hash(record.path, facts), []
+    except (KeyError, ValueError, TypeError, OSError):  # unknown, written by another version, or gone
+        return None
+
+
+def examine_and_hash(
+    record: Record, groups: Sequence[BucketGroup], fps: float | None, how: str, facts: FactStore
+) -> Examined:
+    """Examine a file and hash its content; full success is remembered."""
+    try:
+        before = memo_key(record.path)
         results = examine_one(record, groups, fps, "clip")
         items = [result for result in results if isinstance(result, Item)]
         left_out = [result for result in results if isinstance(result, LeftOut)]
         content = content_hash(record.path, facts) if items else ""
-        if items and not left_out and _examined_key(record, groups, fps) == key:
-            facts[key] = items_to_text(items)
+        if items and not left_out and memo_key(record.path) == before:
+            facts[f"{how}\0{before}"] = items_to_text(items)
         return items, content, left_out
     except (MediaError, OSError) as error:
         code = error.code if isinstance(error, MediaError) else "missing"
         reason = str(error).removeprefix(f"{record.path} ").removeprefix(f"{record.path}: ")
         return [], "", [LeftOut(record.path, reason, code, record.source)]
-
-
-def _examined_key(record: Record, groups: Sequence[BucketGroup], fps: float | None) -> str:
-    how = hashlib.blake2b(repr(([astuple(group) for group in groups], fps)).encode(), digest_size=8).hexdigest()
-    return f"{EXAMINED}\0{how}\0{memo_key(record.path)}"
 
 
 def report(
