@@ -68,14 +68,14 @@ def result(directory: Path, plan: str, case: str) -> dict[str, Any]:
     return torch.load(directory / f"{plan}-{case}.pt", weights_only=True)
 
 
-def assert_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
-    assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+def assert_same_training(got: dict[str, Any], want: dict[str, Any], rel: float = 1e-5) -> None:
+    assert got["norms"] == pytest.approx(want["norms"], rel=rel)
     assert got["weights"].keys() == want["weights"].keys()
     for name, weight in want["weights"].items():
         assert got["weights"][name].shape == weight.shape
-        assert got["weights"][name].norm().item() == pytest.approx(weight.norm().item(), rel=1e-5), name
+        assert got["weights"][name].norm().item() == pytest.approx(weight.norm().item(), rel=rel), name
         # AdamW turns the rounding of a gradient near zero into a part of a step of 1e-2.
-        assert (got["weights"][name] - weight).abs().max().item() < 2e-3, name
+        assert (got["weights"][name] - weight).abs().max().item() < max(2e-3, rel), name
 
 
 PLANS = pytest.mark.parametrize("plan", ["2x1", "1x2"])
@@ -85,7 +85,8 @@ PLANS = pytest.mark.parametrize("plan", ["2x1", "1x2"])
 @pytest.mark.parametrize("case", ["full", "accumulated", "lora", "autocast", "averaged"])
 def test_equals_one_process(two: Path, world: World, tmp_path: Path, plan: str, case: str) -> None:
     got, want = result(two, plan, case), getattr(cases, case)(world, tmp_path)
-    assert_same_training(got, want)
+    # FSDP2's hooks change the order in which autograd sums the gradients of the text, in bf16 under autocast.
+    assert_same_training(got, want, rel=1e-2 if case == "autocast" else 1e-5)
     if case == "averaged":
         torch.testing.assert_close(got["swapped"], want["swapped"], rtol=1e-4, atol=1e-5)
         assert (got["own"] - got["swapped"]).abs().min() > 1e-3  # the averages were really in the network

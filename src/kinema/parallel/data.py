@@ -15,6 +15,7 @@ checkpointing; hooks on the parameters have none of these.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,7 @@ class GradientReducer:
         self.buckets: list[list[nn.Parameter]] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._active = False
-        self._missing: list[int] = []
+        self._missing: list[set[nn.Parameter]] = []
         self._sent: list[tuple[Tensor, Any]] = []
         filled: dict[Any, tuple[int, int]] = {}  # (dtype, device) -> its open bucket and that one's bytes
         for parameter in reversed(list(parameters)):
@@ -100,7 +101,7 @@ class GradientReducer:
     @contextmanager
     def reducing(self) -> Iterator[None]:
         """Reduce during the one backward pass inside; on leaving, all gradients are summed."""
-        self._missing = [len(bucket) for bucket in self.buckets]
+        self._missing = [set(bucket) for bucket in self.buckets]
         self._sent = []
         self._active = True
         try:
@@ -119,8 +120,8 @@ class GradientReducer:
             return
         index = self._bucket_of[parameter]
         assert index >= len(self._sent), "a second backward pass inside one accumulate() context"
-        self._missing[index] -= 1
-        while len(self._sent) < len(self.buckets) and self._missing[len(self._sent)] <= 0:
+        self._missing[index].discard(parameter)
+        while len(self._sent) < len(self.buckets) and not self._missing[len(self._sent)]:
             self._send()
 
     def _send(self) -> None:
@@ -152,6 +153,8 @@ def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     assert world.mesh is not None
+    # Networks often return views; nothing changes their output in place, which is what FSDP2 warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = world.mesh if world.dp_replicate > 1 else world.mesh["dp_shard"]
     for group in blocks.values():
         for block in group:
