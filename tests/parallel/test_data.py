@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from kinema.config.schema import ParallelConfig
+from kinema.errors import UserError
 from kinema.optim.ema import Ema
+from kinema.parallel.data import shard
 from kinema.parallel.mesh import World, start
 from kinema.training.checkpoint import Checkpointer, list_checkpoints
 from kinema.training.state import load_training_state, named_trainables, training_state
@@ -179,3 +182,14 @@ def test_four_ranks(world: World, tmp_path: Path, plan: str) -> None:
     for case in ("full", "accumulated", "lora", "averaged"):
         assert_same_training(result(tmp_path, plan, case), getattr(cases, case)(world, tmp_path))
     assert result(tmp_path, plan, "not_finite")["finite"] == [False] * 4
+
+
+def test_sharding_needs_one_type() -> None:
+    """Seen before any communication."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    wan = cases.network()
+    wan.proj_out.to(torch.bfloat16)
+    world = replace(start(ParallelConfig(), "cpu"), dp_shard=2, mesh=object.__new__(DeviceMesh))
+    with pytest.raises(UserError, match=r"bfloat16 and float32.*dp_shard = 2.*model\.network\.dtype"):
+        shard(wan, {"blocks": wan.blocks}, world)

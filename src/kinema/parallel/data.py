@@ -39,8 +39,8 @@ def shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World)
 
     Call it after adapters and activation checkpointing, before the optimiser and the EMA are made: with
     ``dp_shard`` > 1 its parameters become DTensors. It may still be on the CPU: blocks move one at a time.
-    ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others. Parameters of one group
-    that train must have one dtype. UserError if the ranks hold different weights.
+    ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others. UserError if the ranks
+    hold different weights, or if parameters that train and are to be sharded have several dtypes.
     """
     if world.size > 1:
         _check_equal_weights(network, world)
@@ -153,6 +153,12 @@ def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     assert world.mesh is not None
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.requires_grad})
+    if len(dtypes) > 1:
+        raise UserError(
+            f"the weights that train are stored as {' and '.join(dtypes)}, but parallel.dp_shard = {world.dp_shard} "
+            'needs one type. Set model.network.dtype = "fp32", or parallel.dp_shard = 1.'
+        )
     # Networks often return views; nothing changes their output in place, which is what FSDP2 warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = world.mesh if world.dp_replicate > 1 else world.mesh["dp_shard"]

@@ -232,8 +232,13 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
-        if match and (path / "meta.json").is_file():
+        if match is None:
+            continue
+        try:
             found.append(Checkpoint(path, int(match[1]), int(_read_meta(path)["sequence"])))
+        except UserError:
+            if path.exists():  # else a run that is under way has just rotated it away
+                raise
     return sorted(found, key=lambda checkpoint: checkpoint.sequence)
 
 
