@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 
 
 def pointwise_error(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Squared error, or pseudo-Huber 2 d (sqrt(e^2 + d^2) - d), which is e^2 for small e and 2 d |e| for large."""
-    error = prediction.float() - target.float()
+    """Squared error, or pseudo-Huber 2 d (sqrt(e^2 + d^2) - d), which is e^2 for small e and 2 d |e| for large.
+
+    The latter is computed as 2 d e^2 / (sqrt(e^2 + d^2) + d), in which nothing cancels.
+    """
+    squared = (prediction.float() - target.float()).square()
     if config.loss == "huber":
         delta = config.huber_delta
-        return 2 * delta * ((error.square() + delta**2).sqrt() - delta)
-    return error.square()
+        return 2 * delta * squared / ((squared + delta**2).sqrt() + delta)
+    return squared
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,122 @@
+"""Flow matching against its definition, in float64."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from kinema.config.schema import ObjectiveConfig
+from kinema.data.batch import Batch
+from kinema.families.base import NoisePath, Prepared
+from kinema.objectives.base import Draws
+from kinema.objectives.flow import flow_matching, pointwise_error
+from kinema.randomness import generator
+
+SHAPE = (4, 3, 2, 2)  # C, T, H, W
+
+
+@dataclass
+class Known:
+    """A denoiser whose x_0 is known, that remembers what it was asked and answers with ``answer(x_t, t, x_0)``."""
+
+    answer: object
+    given: torch.Tensor | None = None
+    path: NoisePath = field(default_factory=NoisePath)
+    asked: list = field(default_factory=list)
+
+    def prepare(self, batch):
+        self.x_0 = torch.stack(batch.tensors["latents"])
+        return Prepared(self.x_0, {}, None if self.given is None else self.given[: len(batch)])
+
+    def tokens(self, latents):
+        return latents[0, 0].numel()
+
+    def predict(self, x_t, t, conditioning):
+        self.asked.append((x_t, t))
+        return self.answer(x_t, t, self.x_0)
+
+
+def a_batch(count=6, weights=None):
+    g = torch.Generator().manual_seed(5)
+    latents = [torch.randn(SHAPE, generator=g, dtype=torch.float64) for _ in range(count)]
+    return Batch(0, {"latents": latents}, [""] * count, list(range(count)), weights or [1 / count] * count)
+
+
+def truth(x_t, t, x_0):
+    """The velocity that x_t and x_0 imply: (x_t - x_0) / t."""
+    at = t.view(-1, 1, 1, 1, 1) if t.ndim == 1 else t
+    return torch.where(at > 0, (x_t - x_0) / at.clamp(min=1e-12), torch.zeros_like(x_t))
+
+
+def nothing(x_t, t, x_0):
+    return torch.zeros_like(x_t)
+
+
+def test_the_true_velocity_has_no_loss():
+    student = Known(truth)
+    loss = flow_matching(ObjectiveConfig(), 3.0)(a_batch(), {"student": student}, Draws(1, 2))
+    assert loss.total.item() < 1e-10
+    assert loss.per_sample.shape == (6,)
+
+
+def test_the_loss_is_the_weighted_mean_of_eps_minus_x_0():
+    weights = [0.5, 0.1, 0.1, 0.1, 0.2, 0.0]
+    batch = a_batch(weights=weights)
+    loss = flow_matching(ObjectiveConfig(), 3.0)(batch, {"student": Known(nothing)}, Draws(1, 2))
+    expected = 0.0
+    for i, weight in enumerate(weights):
+        eps = torch.randn(SHAPE, generator=generator(1, 2, i, "noise")).double()
+        expected += weight * (eps - batch.tensors["latents"][i]).square().mean().item()
+    assert loss.total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    objective, batch = flow_matching(ObjectiveConfig(loss="huber"), 2.0), a_batch()
+    whole = objective(batch, {"student": Known(nothing)}, Draws(3, 4)).total
+    parts = [
+        objective(batch.select(rows), {"student": Known(nothing)}, Draws(3, 4)).total
+        for rows in ([4, 1], [0], [5, 2, 3])
+    ]
+    assert whole.item() == pytest.approx(sum(part.item() for part in parts), rel=1e-6)
+
+
+def test_what_is_given_is_clean_has_time_zero_and_no_loss():
+    given = torch.zeros(6, 1, *SHAPE[1:], dtype=torch.float64)
+    given[:, :, 0] = 1
+    student = Known(lambda x_t, t, x_0: torch.where(given.bool(), torch.full_like(x_t, 1e3), truth(x_t, t, x_0)), given)
+    loss = flow_matching(ObjectiveConfig(), 3.0)(a_batch(), {"student": student}, Draws(1, 2))
+    x_t, t = student.asked[0]
+    assert torch.equal(x_t[:, :, 0], student.x_0[:, :, 0])
+    assert t.shape == given.shape and t[:, :, 0].abs().max() == 0 and t[:, :, 1:].min() > 0
+    assert loss.total.item() < 1e-10
+
+
+def test_evaluation_puts_every_time_at_the_quantile():
+    config = ObjectiveConfig(time="uniform")
+    student = Known(nothing)
+    flow_matching(config, 3.0).at_quantile(a_batch(), {"student": student}, Draws(1, "evaluation"), 0.5)
+    assert student.asked[0][1].tolist() == pytest.approx([0.75] * 6)  # 0.5 shifted by 3
+
+
+def test_training_times_follow_the_law():
+    student = Known(nothing)
+    objective = flow_matching(ObjectiveConfig(time="uniform", shift=1.0), 3.0)
+    for step in range(200):
+        objective(a_batch(), {"student": student}, Draws(0, step))
+    times = torch.cat([t for _, t in student.asked])
+    assert len(times.unique()) == 1200
+    assert (times.sort().values - torch.linspace(0, 1, 1200, dtype=torch.float64)).abs().max() < 1.63 / 1200**0.5
+
+
+def test_pseudo_huber_is_squared_error_near_zero_and_linear_far_away():
+    config = ObjectiveConfig(loss="huber", huber_delta=0.5)
+    error = torch.tensor([0.0, 1e-3, 100.0])
+    values = pointwise_error(error, torch.zeros(3), config)
+    assert values.tolist() == pytest.approx([0.0, 1e-6, 2 * 0.5 * (100 - 0.5)], rel=1e-3, abs=1e-9)
+
+
+def test_other_native_predictions():
+    path = NoisePath(native="negative_velocity")
+    student = Known(lambda x_t, t, x_0: -truth(x_t, t, x_0), path=path)
+    loss = flow_matching(ObjectiveConfig(), 3.0)(a_batch(), {"student": student}, Draws(1, 2))
+    assert loss.total.item() < 1e-10
