@@ -289,6 +289,7 @@ def test_a_crash_between_sealing_and_removing_leaves_both_and_no_harm(tmp_path: 
     path.write_bytes(data)
     both = Cache(tmp_path)
     assert len(both) == 3
+    assert both.adopt() == 1 and not path.exists()
     for index in range(3):
         check_entry(both, index)
 

@@ -178,7 +178,7 @@ class Cache:
             self.refresh()
 
     def adopt(self) -> int:
-        """Seal the segments of writers that are gone; how many there were."""
+        """Seal the segments of writers that are gone, and clear away what they left; how many there were."""
         count = 0
         for segment in list(self._segments.values()):
             try:
@@ -190,6 +190,10 @@ class Cache:
             except OSError as error:
                 if error.errno not in FULL:
                     raise
+        for path in self.directory.glob(f"*{OPEN}"):
+            if path.with_suffix(SEALED).name in self._known:  # its writer was killed between sealing and removing
+                path.unlink(missing_ok=True)
+                count += 1
         for path in self.directory.glob(f"*{TEMPORARY}"):
             try:
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:

@@ -35,8 +35,8 @@ COPY_BYTES = 1 << 24
 
 Header = dict[str, dict[str, Any]]
 """What a safetensors file says of its tensors: name -> dtype, shape, data_offsets."""
-Place = tuple[str, "torch.dtype", tuple[int, ...], int]
-"""A tensor of an entry: name, type, shape, bytes."""
+Place = tuple[str, "torch.dtype", tuple[int, ...], tuple[int, ...]]
+"""A tensor of an entry: name, type, shape, strides."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -261,15 +261,16 @@ class Shard:
             raise ValueError("it is cut short")
         self._index(header, data, json.loads(metadata["crc32"]))
         self._bytes: Tensor | None = None
+        self._typed: dict[torch.dtype, Tensor] = {}
 
     def _index(self, header: Header, data: int, checksums: Mapping[str, int]) -> None:
         """Entries as rows of arrays: a shard may hold many, and a Python object for each would weigh."""
         places: dict[str, list[tuple[Place, int]]] = {key: [] for key in checksums}
         for name, info in header.items():
             key, tensor = name[: 2 * KEY_BYTES], name[2 * KEY_BYTES + 1 :]
-            first, last = info["data_offsets"]
-            place = (tensor, torch_dtype(info["dtype"]), tuple(info["shape"]), last - first)
-            places[key].append((place, data + first))
+            first, _ = info["data_offsets"]
+            shape = tuple(info["shape"])
+            places[key].append(((tensor, torch_dtype(info["dtype"]), shape, _strides(shape)), data + first))
         self._keys = [bytes.fromhex(key) for key in places]
         self.rows = len(places)
         self._layouts: list[tuple[Place, ...]] = []
@@ -294,19 +295,40 @@ class Shard:
 
     def read(self, row: int) -> dict[str, Tensor] | None:
         """The tensors of an entry; None where its checksum, verified at its first reading, does not hold."""
-        if self._bytes is None:
-            self._bytes = _mapped(self.path, self.size)
-        result, raw = {}, []
+        result = {}
         layout, offsets = self._layouts[self._layout[row]], self._offsets[row].tolist()
-        for (name, dtype, shape, length), offset in zip(layout, offsets, strict=False):
-            flat = self._bytes[offset : offset + length]
-            raw.append(flat)
-            result[name] = flat.view(dtype).view(shape)
+        for (name, dtype, shape, strides), offset in zip(layout, offsets, strict=False):
+            elements = self._typed.get(dtype)
+            if elements is None:
+                elements = self._view(dtype)
+            result[name] = elements.as_strided(shape, strides, offset // dtype.itemsize)
         if not self._verified[row]:
-            if checksum(memoryview(flat.numpy()) for flat in raw) != self._checksums[row]:
+            if checksum(_bytes_of(tensor) for tensor in result.values()) != self._checksums[row]:
                 return None
             self._verified[row] = True
         return result
+
+    def _view(self, dtype: torch.dtype) -> Tensor:
+        """The whole file as elements of a type; one operation then makes a tensor of it, not three."""
+        if self._bytes is None:
+            self._bytes = _mapped(self.path, self.size)
+        whole = self.size // dtype.itemsize * dtype.itemsize
+        self._typed[dtype] = self._bytes[:whole].view(dtype)
+        return self._typed[dtype]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, in elements."""
+    strides = [1]
+    for side in reversed(shape[1:]):
+        strides.insert(0, strides[0] * side)
+    return tuple(strides[: len(shape)])
 
 
 def _mapped(path: Path, size: int) -> Tensor:

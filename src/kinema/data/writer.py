@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
 
-from .segments import FORMAT, FRAME, OPEN, OpenSegment, frame, pack, seal, write_all
+from .segments import FORMAT, FRAME, OPEN, TEMPORARY, OpenSegment, frame, pack, seal, write_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,12 +136,14 @@ class SegmentWriter:
         path = self.directory / f"{self.name}-{self._count:04d}{OPEN}"
         owner = identity()
         line = json.dumps({"format": FORMAT, **owner}).encode() + b"\n"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = path.with_name(path.name + TEMPORARY)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             write_all(descriptor, (line,))
+            os.replace(temporary, path)  # a segment never shows up without its first line
         except BaseException:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         self._count += 1
         self._descriptor, self.entries, self._synced = descriptor, 0, time.monotonic()
