@@ -356,7 +356,7 @@ def test_unreadable_files(t2v: Path, tmp_path: Path) -> None:
         "empty.safetensors": (b"", "0 bytes; if the download broke off"),
         "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         "text.pth": (b"not a checkpoint", "model.pth|text.pth"),
-        "code.pth": (pickle.dumps(PartSpec("x", "y")), "kinema refuses"),
+        "code.pth": (pickle.dumps(PartSpec("x", "y"), protocol=2), "kinema refuses"),
     }
     for name, (content, message) in files.items():
         file = tmp_path / name
@@ -437,6 +437,34 @@ def test_hub_off_line(t2v: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"'maker/tiny-wan' \(revision 'v3'\)"):
         Wan(ModelConfig(family="wan", path="maker/tiny-wan", revision="v3")).load("network", "cpu", None)
     assert is_hub_id("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") and not is_hub_id("models/wan.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "fetched"),
+    [
+        ("network", {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}),
+        ("autoencoder", {"vae/config.json", "vae/diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"}),
+        ("tokenizer", {"tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json"}),
+    ],
+)
+def test_hub_fetches_only_the_part(part: str, fetched: set[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """Of the files of the published repositories, in both layouts, those of the part alone are asked for."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    published = ["model_index.json", "README.md", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"]
+    published += ["google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json", "text_encoder/model.safetensors"]
+    for folder in ("transformer", "vae"):
+        published += [f"{folder}/config.json", f"{folder}/diffusion_pytorch_model.safetensors"]
+    asked: set[str] = set()
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(filter_repo_objects(published, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError):
+        Wan(ModelConfig(family="wan", variant="t2v-14b", path="maker/model")).load(part, "cpu", None)
+    assert asked == fetched
 
 
 def test_fingerprint(t2v: Path, tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def find(config: ModelConfig, part: str, spec: PartSpec, *, weights: bool = True
         if root.is_file():
             return Found(key, root, (root,) if spec.model else _small_files(root.parent))
         found = _in_root(root, spec, key, hub, weights) or _in_folder(root, spec, key, hub, weights)
+        if found is None and hub:  # a repository of this part alone
+            root, hub = _open(own, config.revision, spec, key, weights, alone=True)
+            found = _in_folder(root, spec, key, hub, weights)
         if found is None:
             wanted = " or ".join([f"{spec.folder}/", f"{spec.config_file} beside weights", *spec.originals])
             raise UserError(f"{key}: {own} holds no {spec.what}. Expected in it: {wanted}.")
@@ -137,8 +140,13 @@ def _if_file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _open(path: str, revision: str | None, spec: PartSpec, key: str, weights: bool) -> tuple[Path, str | None]:
-    """The local file or directory of a path or hub id, and ``owner/name@commit`` for the latter."""
+def _open(
+    path: str, revision: str | None, spec: PartSpec, key: str, weights: bool, *, alone: bool = False
+) -> tuple[Path, str | None]:
+    """The local file or directory of a path or hub id, and ``owner/name@commit`` for the latter.
+
+    Of a hub repository only this part is fetched; ``alone`` takes the weights that lie at its top.
+    """
     local = Path(path).expanduser()
     if local.exists():
         return local, None
@@ -149,15 +157,10 @@ def _open(path: str, revision: str | None, spec: PartSpec, key: str, weights: bo
 
     patterns = [f"{spec.folder}/*.json", spec.config_file]
     if weights:
-        stems = (
-            "diffusion_pytorch_model*",
-            "model*",
-            "spiece.model",
-            "tokenizer*",
-            "special_tokens_map.json",
-        )
-        originals = [f"{name}{end}" for name in spec.originals for end in ("", "/*")]
-        patterns += [f"{spec.folder}/*", *originals, *(stems if key != "model.path" else ())]
+        patterns += [f"{spec.folder}/*", *(f"{name}{end}" for name in spec.originals for end in ("", "/*"))]
+        patterns += ["diffusion_pytorch_model*", "model*", "pytorch_model*"] if alone and spec.model else []
+    if not spec.model:
+        patterns += ["tokenizer*", "spiece.model", "special_tokens_map.json"]
     named = f"'{path}'" + (f" (revision '{revision}')" if revision else "")
     try:
         snapshot = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
