@@ -82,9 +82,19 @@ def test_other_tools_read_the_file(world: World, tmp_path: Path) -> None:
     assert torch.equal(stored["networks.a.weight"], state()["networks"]["a.weight"])
 
 
-def test_training_goes_on_while_it_is_written(world: World, tmp_path: Path) -> None:
-    checkpointer = Checkpointer(tmp_path, 5, True, world)
-    weight = torch.zeros(1_000_000)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+        ),
+    ],
+)
+def test_training_goes_on_while_it_is_written(tmp_path: Path, device: str) -> None:
+    checkpointer = Checkpointer(tmp_path, 5, True, start(ParallelConfig(), device))
+    weight = torch.zeros(1_000_000, device=device)
     for step in range(4):
         weight.fill_(step)
         checkpointer.save(step, {"w": weight}, {})
@@ -240,6 +250,9 @@ def test_wrong_checkpoints_change_nothing(world: World, tmp_path: Path) -> None:
     part = torch.zeros(3)
     checkpointer.load(path, {"networks": {"a": part}})  # a part may be asked for
     assert part.tolist() == [1.0] * 3
+    short = torch.zeros(3, dtype=torch.bfloat16)
+    checkpointer.load(path, {"networks": {"a": short}}, convert=True)
+    assert short.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,9 @@ class Checkpointer:
             self._thread.shutdown()
             self._copies = {}
 
-    def load(self, path: Path, tensors: State) -> dict[str, Any]:
+    def load(self, path: Path, tensors: State, convert: bool = False) -> dict[str, Any]:
         """Fill ``tensors`` in place from a checkpoint, on all ranks together; returns its ``meta``."""
-        return load(path, tensors, self.world, self._group)
+        return load(path, tensors, self.world, self._group, convert)
 
     def _check_space(self, tensors: Mapping[str, Tensor]) -> int:
         """Bytes that will be written; UserError if the file system has less."""
@@ -254,11 +254,17 @@ def contents(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
 
 
-def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def load(
+    path: Path,
+    tensors: State,
+    world: World,
+    group: dist.ProcessGroup | None = None,
+    convert: bool = False,
+) -> dict[str, Any]:
     """Fill ``tensors`` in place from a checkpoint, whatever number of ranks wrote it; returns its ``meta``.
 
     Tensors of the checkpoint that are not asked for are left alone. UserError, before anything is changed, if one that
-    is asked for is not there or has another shape or type.
+    is asked for is not there or has another shape, or, unless ``convert``, another type.
     """
     meta = read_meta(path)
     stored = contents(path)
@@ -269,8 +275,8 @@ def load(path: Path, tensors: State, world: World, group: dist.ProcessGroup | No
                 "adapter or optimiser. Resume with the configuration that it was trained with, or start from its "
                 "weights only."
             )
-        if stored[name] != (tuple(tensor.shape), tensor.dtype):
-            shape, dtype = stored[name]
+        shape, dtype = stored[name]
+        if shape != tuple(tensor.shape) or (dtype != tensor.dtype and not convert):
             raise UserError(
                 f"checkpoint {path} has '{name}' as {dtype} {list(shape)}, but this run needs {tensor.dtype} "
                 f"{list(tensor.shape)}. Resume with the configuration that it was trained with."
