@@ -249,15 +249,17 @@ def _on_device(parts: list[nn.Module], device: torch.device | str) -> Iterator[N
     """The parts on ``device``, and afterwards back where they were; no copy where they are there already."""
     import torch
 
-    before = [next((p.device for p in part.parameters()), torch.device(device)) for part in parts]
-    for part in parts:
-        part.to(device)
+    there = torch.empty(0, device=device).device  # with its index, which "cuda" leaves out
+    places = [(part, next((p.device for p in part.parameters()), there)) for part in parts]
+    moved = [(part, place) for part, place in places if place != there]
+    for part, _ in moved:
+        part.to(there)
     try:
         yield
     finally:
-        for part, place in zip(parts, before, strict=True):
+        for part, place in moved:
             part.to(place)
-        if any(place != torch.device(device) for place in before) and torch.cuda.is_available():
+        if moved and there.type == "cuda":
             torch.cuda.empty_cache()
 
 
