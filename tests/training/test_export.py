@@ -244,16 +244,20 @@ def sharded_export(rank, port, base, root):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    for name, adapter in (("whole", None), ("adapter", {"rank": 4})):
-        config = make_config(base, root / name, adapter=adapter, parallel={"dp_shard": 2})
-        world = start(config.parallel, "cpu")
+    configs = [
+        make_config(base, root / name, adapter=adapter, parallel={"dp_shard": 2})
+        for name, adapter in (("whole", None), ("adapter", {"rank": 4}))
+    ]
+    world = start(configs[0].parallel, "cpu")
+    for config in configs:
         network, family = trained(config), open_family(config.model)
         shard(network, family.blocks(network), world)
         export_weights(config.run.dir / "exports", 1, family, network, config, world)
-        world.barrier()
-        stop()
+    world.barrier()
+    stop()
 
 
+@pytest.mark.timeout(600)  # two processes that import everything anew, on a machine that may be busy
 def test_sharded_weights_are_gathered(tmp_path, base):
     import socket
 
