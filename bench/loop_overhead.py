@@ -24,10 +24,11 @@ from kinema.parallel.mesh import start
 from kinema.shapes.models import write_model
 from kinema.shapes.world import write_dataset
 from kinema.training.loop import run_steps
+from kinema.training.preflight import resolve
 from kinema.training.progress import Progress
 from kinema.training.requests import Requests
 from kinema.training.resume import ResumeOptions
-from kinema.training.train import Run, resolve
+from kinema.training.train import Run
 
 CONFIG = """
 run.dir = "{root}/run"

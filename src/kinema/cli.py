@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,12 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file; `kinema init` writes one.")]
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ADVICE = (
+    "cannot write to {where}: {reason}. Free some space there, or choose another directory; then start again: "
+    "a training goes on from its newest complete checkpoint."
+)
+
 
 def main() -> None:
     """Entry point of ``kinema`` and ``python -m kinema``.
@@ -38,6 +45,11 @@ def main() -> None:
         app(args=argv, prog_name="kinema")
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if debug or error.errno not in DISK_ERRORS:
+            raise
+        _say(UserError(DISK_ADVICE.format(where=error.filename or "the disk", reason=error.strerror)))
+        sys.exit(2)
     except Exception as error:
         if debug or not (isinstance(error, UserError) or type(error).__module__.startswith("pydantic")):
             raise

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any
 
 from kinema.config.schema import MonitoringConfig
 from kinema.errors import UserError
+
+WANDB_ID = "wandb-id"
+
+
+def check_monitoring(config: MonitoringConfig) -> None:
+    """UserError for a tracker that is asked for and not installed."""
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("monitoring.wandb needs the package wandb: pip install 'kinema[wandb]', or remove the key.")
 
 
 class Metrics:
@@ -83,13 +93,17 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 def _start_wandb(project: str, directory: Path, run_config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "monitoring.wandb needs the package wandb: pip install 'kinema[wandb]', or remove the key."
-        ) from None
-    # The run's own name makes a resumed run go on in the same W&B run.
+    import wandb
+
+    # A resumed run goes on in the same W&B run: its id lies in the run directory.
+    known = directory / WANDB_ID
+    if not known.exists():
+        known.write_text(secrets.token_hex(8) + "\n")
     return wandb.init(
-        project=project, id=directory.resolve().name, dir=str(directory), resume="allow", config=run_config
+        project=project,
+        id=known.read_text().strip(),
+        name=directory.resolve().name,
+        dir=str(directory),
+        resume="allow",
+        config=run_config,
     )

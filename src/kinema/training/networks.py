@@ -41,6 +41,22 @@ class FamilyDenoiser:
         return self.family.predict(self.network, x_t, t, conditioning)
 
 
+def check_networks(config: Config, family: Family) -> None:
+    """UserError for weights that do not fit the network, targets that match nothing, or an adapter that cannot be
+    started from. Reads headers alone: nothing is loaded."""
+    from kinema.adapters.files import read_adapter
+    from kinema.adapters.lora import adaptable_modules, match_targets
+
+    if config.model.random_weights and config.adapter is None:
+        return
+    network = family.load("network", "meta", None)
+    if config.adapter is not None:
+        modules = adaptable_modules(network)
+        match_targets(modules, config.adapter.targets or family.adapter_targets())
+        if config.adapter.init_from is not None:
+            read_adapter(config.adapter.init_from, family, modules)
+
+
 def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.Module]:
     """The networks that train, by part name, on their devices: with an adapter on a frozen base, or whole."""
     from kinema.memory.checkpointing import checkpoint_blocks
@@ -93,7 +109,7 @@ def take_weights(checkpointer: Checkpointer, checkpoint: Path, networks: Mapping
 
     averaged = any(name.startswith("ema.") for name in contents(checkpoint))
     tensors = {name: parameter.detach() for name, parameter in named_trainables(networks).items()}
-    checkpointer.load(checkpoint, {"ema" if averaged else "networks": tensors})
+    checkpointer.load(checkpoint, {"ema" if averaged else "networks": tensors}, convert=True)
     return f"Starting from the {'averaged ' if averaged else ''}weights of {checkpoint}"
 
 

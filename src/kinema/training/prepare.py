@@ -14,7 +14,7 @@ def prepare_data(config: Config) -> int:
     """
     from kinema.data.dataset import open_data
     from kinema.parallel.mesh import start, stop
-    from kinema.training.train import resolve
+    from kinema.training.preflight import resolve
 
     family = open_family(config.model)
     family.validate(config)

@@ -33,6 +33,13 @@ class ResumeOptions:
     """Start the learning-rate schedule afresh, over the steps that are left."""
 
 
+def check_options(options: ResumeOptions) -> None:
+    """UserError for flags that contradict each other."""
+    if options.resume_from is not None and (options.weights_from is not None or not options.resume):
+        other = "--weights-from" if options.weights_from is not None else "--no-resume"
+        raise UserError(f"--resume-from goes on with a run, {other} begins a new one: give one of them.")
+
+
 RULES: dict[str, Rule] = {
     "model": "refused",
     "model.text_length": "resets data",
@@ -112,6 +119,7 @@ RUN_CONTENTS = (
     "previews",
     "samples",
     "report.html",
+    "wandb-id",
 )
 """What a run writes into its directory."""
 

@@ -16,17 +16,17 @@ from kinema.families.registry import open_family
 from kinema.training.networks import (
     FamilyDenoiser,
     block_matrices,
+    check_networks,
     dtype_of,
     evaluating,
     load_networks,
     take_weights,
 )
+from kinema.training.preflight import check_shares, make_writable, resolve
 from kinema.training.progress import Progress, due
-from kinema.training.resume import ResumeOptions, check_data, compare, set_aside
+from kinema.training.resume import ResumeOptions, check_data, check_options, compare, set_aside
 
 if TYPE_CHECKING:
-    import torch
-
     from kinema.data.dataset import Dataset
     from kinema.parallel.mesh import World
     from kinema.training.display import TrainingDisplay
@@ -48,33 +48,6 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
     return config.run.dir
 
 
-def resolve(config: Config, device: torch.device) -> Config:
-    """The configuration with everything decided that depends on the machine, and torch set up accordingly."""
-    import torch
-
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    if config.run.deterministic and device.type == "cuda":
-        import os
-
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    if config.training.precision != "auto":
-        return config
-    precision = "bf16" if computes_in_bf16(device) else "fp32"
-    return config.model_copy(update={"training": config.training.model_copy(update={"precision": precision})})
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices itself; where it does not, bf16 is slower than fp32 by far."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 class Run:
     """One training: its parts in the order in which they are made, then the loop and what happens between steps."""
 
@@ -88,11 +61,16 @@ class Run:
 
     def prepare(self) -> None:
         """Everything before the first step: checks, data, networks, what an earlier process left."""
+        from kinema.training.metrics import check_monitoring
         from kinema.training.previews import Previewer
 
         self.previewer = Previewer(self.config, self.family, self.world)  # refuses what cannot be previewed
+        check_monitoring(self.config.monitoring)
+        check_shares(self.config, self.world)
+        check_networks(self.config, self.family)
         checkpoint, weights = self._find_start()
         meta = self._compare_with(checkpoint)
+        make_writable(self.directory)
         self._open_data(meta)
         self._build(checkpoint, weights, meta)
         self._describe_run()
@@ -119,16 +97,32 @@ class Run:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self.checkpointer.close()
-        self.metrics.close()
+        try:
+            self.checkpointer.close()
+        finally:
+            self.metrics.close()
 
     # -- before anything expensive ---------------------------------------------------------------------------------
 
     def _find_start(self) -> tuple[Path | None, Path | None]:
-        """(checkpoint to go on from, checkpoint to take weights from); sets an old run aside if asked to."""
+        """(checkpoint to go on from, checkpoint to take weights from), as the main rank sees the files."""
+        outcome: tuple[Any, str | None] = ((None, None), None)
+        if self.world.is_main:
+            try:
+                outcome = (self._choose_start(), None)
+            except UserError as error:
+                outcome = ((None, None), str(error))
+        start, problem = self.world.broadcast_object(outcome)
+        if problem is not None:
+            raise UserError(problem)
+        return start
+
+    def _choose_start(self) -> tuple[Path | None, Path | None]:
+        """The main rank's choice; sets an old run aside if asked to."""
         from kinema.training.checkpoint import list_checkpoints
 
         options, root = self.options, self.directory / "checkpoints"
+        check_options(options)
         weights = None if options.weights_from is None else checkpoint_at(options.weights_from)
         if options.resume_from is not None:
             return checkpoint_at(options.resume_from), None
@@ -140,11 +134,12 @@ class Run:
             )
         if found and options.resume:
             return found[-1].path, None
-        if self.world.is_main and (aside := set_aside(self.directory)) is not None:
+        aside = set_aside(self.directory)
+        if aside is not None:
             self.say(f"What {self.directory} held was moved to {aside}")
-            if weights is not None and not weights.exists():
-                weights = aside / weights.relative_to(self.directory)
-        return None, self.world.broadcast_object(weights)
+            if weights is not None and not weights.exists():  # it was in there
+                weights = aside / weights.resolve().relative_to(self.directory.resolve())
+        return None, weights
 
     def _compare_with(self, checkpoint: Path | None) -> dict[str, Any] | None:
         """The checkpoint's meta, after refusing what a resumed run may not change."""
