@@ -144,7 +144,7 @@ def test_full_disk_on_one_rank(two: Path, plan: str) -> None:
     assert got["kept"] == [[1], [1]]
     assert got["left"] == ["step-00000001", "step-00000003"]
     for message in got["messages"]:
-        assert f"full-{plan[-1]}" in message and "kB" in message and "step-00000001" in message
+        assert f"full-{plan[-1]}" in message and "KiB" in message and "step-00000001" in message
 
 
 def test_parameters_that_some_ranks_use(two: Path) -> None:

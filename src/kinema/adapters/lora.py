@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kinema.adapters.files import AdapterFile
 from kinema.config.schema import AdapterConfig
+from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.randomness import generator
 
@@ -84,14 +85,11 @@ def add_adapter(network: nn.Module, config: AdapterConfig, targets: Sequence[str
     and the layer's name alone; torch's global generator is left as it was. UserError if a target matches
     nothing.
     """
-    import torch
-
     modules = adaptable_modules(network)
     names = match_targets(modules, config.targets or targets)
     alpha = config.alpha or config.rank
     _inject(network, dict.fromkeys(names, config.rank), alpha / config.rank, config.dropout)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-    _initialise(network, seed, dtype)
+    _initialise(network, seed, torch_dtype(config.dtype))
     return names
 
 

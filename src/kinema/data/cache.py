@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kinema.errors import UserError
+from kinema.sizes import readable_bytes
 
 from .segments import FRAME, KEY_BYTES, OPEN, SEALED, TEMPORARY, OpenSegment, Shard, seal, unpack
-from .writer import FULL, STALE_SECONDS, CacheFull, SegmentWriter, abandoned, full_message, readable
+from .writer import FULL, STALE_SECONDS, CacheFull, SegmentWriter, abandoned, full_message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cache", "CacheFull", "entry_key", "readable"]
+__all__ = ["Cache", "CacheFull", "entry_key"]
 
 SEGMENT_BYTES = 512 << 20
 """A segment is sealed when it has grown to so much."""
@@ -207,7 +208,7 @@ class Cache:
     def require_space(self, needed: int) -> None:
         """`CacheFull` if the disk has less than ``needed`` bytes left."""
         if needed > shutil.disk_usage(self.directory).free:
-            what = f"about {needed} bytes ({readable(needed)}) are still to be written"
+            what = f"about {needed} bytes ({readable_bytes(needed)}) are still to be written"
             raise CacheFull(full_message(self.directory, what))
 
     def close(self) -> None:

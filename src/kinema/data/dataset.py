@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kinema.config.schema import Config, SourceConfig
+from kinema.dtypes import torch_dtype
 from kinema.randomness import generator
 
 from .batch import Batch
@@ -162,11 +163,9 @@ def open_data(
     held-out set. UserError where nothing can be used, where something cannot and ``data.strict`` is set, and where
     the cache cannot be written.
     """
-    import torch
-
     assert config.training.precision != "auto", "the precision is settled before data is opened"
     dropout = config.training.caption_dropout if training else 0.0
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
+    dtype = torch_dtype(config.training.precision)
     directory = config.data.cache or config.run.dir.parent / "cache"
     cache = together(ranks, lambda: Cache(directory))
     facts = FactStore(directory)

@@ -15,9 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kinema.errors import UserError
+from kinema.sizes import readable_bytes
 
 from .batch import Encoding, Sample
-from .cache import Cache, CacheFull, entry_key, readable
+from .cache import Cache, CacheFull, entry_key
 from .examine import Item
 from .facts import FactStore
 from .media import MediaError, content_hash, decode_clip
@@ -243,7 +244,9 @@ class Filler:
                     self._encode_group(share, {n: parts[n] for n in names}, forecast, failed)
         except CacheFull as error:
             if (needed := forecast.needed()) > 0:
-                raise CacheFull(f"{error}. About {readable(needed)} ({needed} bytes) more will be needed") from error
+                raise CacheFull(
+                    f"{error}. About {readable_bytes(needed)} ({needed} bytes) more will be needed"
+                ) from error
             raise
         finally:
             self._free(parts, keep=set())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
+from kinema.sizes import readable_bytes
 
 from .segments import FORMAT, FRAME, OPEN, TEMPORARY, OpenSegment, frame, pack, seal, write_all
 
@@ -33,18 +34,9 @@ class CacheFull(UserError):
     """The cache's disk is full. Everything that was finished before is intact."""
 
 
-def readable(count: float) -> str:
-    """Bytes for people: 1536 -> '1.5 KiB'."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def full_message(directory: Path, what: str) -> str:
     """What a user is told when the cache's disk is full."""
-    free = readable(shutil.disk_usage(directory).free)
+    free = readable_bytes(shutil.disk_usage(directory).free)
     return (
         f"the cache directory {directory} cannot take more: {what}; {free} are free on its disk. "
         "What was encoded so far is kept. Free some space (or lift the quota), or set data.cache to a "
@@ -125,7 +117,7 @@ class SegmentWriter:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            what = f"an entry of {size} bytes ({readable(size)}) could not be written ({error.strerror})"
+            what = f"an entry of {size} bytes ({readable_bytes(size)}) could not be written ({error.strerror})"
             raise CacheFull(full_message(self.directory, what)) from error
         offset = segment.end + FRAME.size
         segment.end += size

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config, PartConfig
 from kinema.data.batch import Batch, Encoding, Sample
+from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family, Parts, Prepared, Variant
 from kinema.families.identity import part_identity
@@ -135,11 +136,9 @@ class Wan(Family):
         return part == "network" and self.config.random_weights
 
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-        import torch
-
         configured = part_config(self.config, part).dtype
         if configured is not None:
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[configured]
+            dtype = torch_dtype(configured)
         source = self._source(part)
         if part == "scheduler":
             import diffusers

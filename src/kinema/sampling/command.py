@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.sampling.pipeline import SampleSettings
 from kinema.sampling.request import (
@@ -153,7 +154,7 @@ def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.devi
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]}).") from error
     if dtype is not None:
-        return place, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        return place, torch_dtype(dtype)
     if place.type == "cpu":
         return place, torch.float32
     native = place.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

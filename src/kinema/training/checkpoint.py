@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
 from kinema.parallel.mesh import World
+from kinema.sizes import readable_bytes
 from kinema.training.checkpoint_files import (
     CopiesPlanner,
     SafetensorsReader,
@@ -34,7 +35,6 @@ from kinema.training.checkpoint_files import (
     damage,
     disk_error,
     free_bytes,
-    readable_bytes,
     sync_path,
 )
 

@@ -229,16 +229,6 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def readable_bytes(number: int) -> str:
-    """For instance ``12.3 MB``."""
-    value = float(number)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def disk_error(error: BaseException) -> str | None:
     """Why a file system refused to write, wherever that hides in an error; None if that is not the cause."""
     for cause in _causes(error):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from kinema.adapters.files import DIFFUSERS_FILE, file_metadata, save_comfyui, save_diffusers
 from kinema.config.schema import Config, ModelConfig
 from kinema.config.write import to_toml
+from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,9 +135,7 @@ class _Writing:
 
     @property
     def dtype(self) -> torch.dtype:
-        import torch
-
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.export.dtype]
+        return torch_dtype(self.config.export.dtype)
 
     @property
     def network_folder(self) -> str:

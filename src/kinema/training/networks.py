@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch
+from kinema.dtypes import torch_dtype
 from kinema.families.base import Family, NoisePath, Parts, Prepared
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from kinema.parallel.mesh import World
@@ -63,7 +63,7 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     from kinema.parallel.data import shard
 
     stored = config.model.network.dtype or ("fp32" if config.adapter is None else config.training.precision)
-    parts: Parts = {"network": family.load("network", "cpu", dtype_of(stored))}
+    parts: Parts = {"network": family.load("network", "cpu", torch_dtype(stored))}
     networks = family.trainables(parts)
     for network in networks.values():
         network.train()
@@ -124,10 +124,3 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's type for a name of the configuration."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
+from kinema.dtypes import torch_dtype
 from kinema.families.base import Family, Parts
 from kinema.sampling.command import add_to_index, prepare_index
 from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
 from kinema.sampling.request import check_previews, defaults_of_run, slug
 from kinema.sampling.weights import part_dtype
 from kinema.sampling.writing import suffix, write_video
+from kinema.training.networks import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +59,7 @@ class Previewer:
         names = [f"{i:02d}-{slug(one.prompt)}{suffix(one.frames)}" for i, one in enumerate(self.settings)]
         if self.world.is_main:
             prepare_index(folder, names)
-        with untouched_randomness(), in_eval_mode(network), self._computing(network):
+        with untouched_randomness(), evaluating([network]), self._computing(network):
             pipeline = self._pipeline(network)
             samples = sample_many(pipeline, self.settings, self.world.device, texts=self.texts)
             for name, one, frames in zip(names, self.settings, samples, strict=True):
@@ -88,10 +90,7 @@ class Previewer:
 
     @property
     def _dtype(self) -> torch.dtype:
-        import torch
-
-        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        return kinds[self.config.training.precision]
+        return torch_dtype(self.config.training.precision)
 
     @contextmanager
     def _computing(self, network: nn.Module) -> Iterator[None]:
@@ -152,15 +151,3 @@ def untouched_randomness() -> Iterator[None]:
         finally:
             random.setstate(ours)
             np.random.set_state(numpys)
-
-
-@contextmanager
-def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module is afterwards in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

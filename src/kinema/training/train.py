@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch
+from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.registry import open_family
@@ -17,7 +18,6 @@ from kinema.training.networks import (
     FamilyDenoiser,
     block_matrices,
     check_networks,
-    dtype_of,
     evaluating,
     load_networks,
     take_weights,
@@ -231,7 +231,7 @@ class Run:
             parameters=parameters,
             objective=flow_matching(config.objective, self.family.default_shift()),
             optimizers=optimizers,
-            compute_dtype=dtype_of(training.precision),
+            compute_dtype=torch_dtype(training.precision),
             total_steps=total,
             progress=progress,
             ema=self.ema,
