@@ -28,6 +28,7 @@ class SmallEncoder:
         self.calls: Counter[str] = Counter()
         self.loaded: Counter[str] = Counter()
         self.alive: dict[str, Any] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}
         self.fail_at: int | None = None
 
     def encodings(self) -> tuple[Encoding, ...]:
@@ -48,8 +49,12 @@ class SmallEncoder:
             else:
                 module = nn.ModuleDict({"embed": nn.Embedding(256, 6), "mix": nn.GRU(6, 6, batch_first=True)})
         self.loaded[part] += 1
+        self.dtypes[part] = dtype
         self.alive[part] = weakref.ref(module)
         return module.to(device, dtype).eval().requires_grad_(False)
+
+    def part_dtype(self, part: str, compute: torch.dtype) -> torch.dtype:
+        return torch.float32 if part == "autoencoder" else compute
 
     def fingerprint(self, parts: Sequence[str]) -> str:
         return hashlib.blake2b(f"{self.seed} {list(parts)}".encode(), digest_size=8).hexdigest()

@@ -99,7 +99,7 @@ def test_each_part_of_a_key_costs_exactly_what_depends_on_it(folder: Path, tmp_p
     assert calls(training__caption_dropout=0.1) == (1, 0)  # the empty caption
     assert calls(seed=1) == (9, 9)  # other encoders
     assert calls() == (0, 0)
-    assert calls(training__precision="bf16") == (9, 9)
+    assert calls(training__precision="bf16") == (9, 0)  # the autoencoder stays in fp32
     buckets = {"resolutions": [32], "frames": [5], "fps": 16, "clip": "head"}
     assert calls(data__buckets=buckets) == (0, 7)  # of nine files two are pictures; one video is there twice
     assert calls(data__buckets=buckets | {"clip": "middle"}) == (0, 7)
@@ -286,7 +286,19 @@ def test_fingerprint_follows_the_data(folder: Path, tmp_path: Path):
     (folder / "video1.txt").write_text("edited")
     edited = open_set(folder, tmp_path).fingerprint
     (folder / "video2.mp4").unlink()
-    assert len({first, edited, open_set(folder, tmp_path).fingerprint}) == 3
+    fewer = open_set(folder, tmp_path).fingerprint
+    buckets = {"resolutions": [32], "frames": [1, 5], "fps": 16}
+    other_clips = open_set(folder, tmp_path, data__buckets=buckets).fingerprint
+    assert len({first, edited, fewer, other_clips}) == 4
+
+
+def test_encoders_and_their_types_are_no_part_of_the_data_s_identity(media: Path, tmp_path: Path):
+    single, half = SmallEncoder(), SmallEncoder(seed=1)
+    first = open_set(media, tmp_path, single)
+    other = open_set(media, tmp_path, half, training__precision="bf16")
+    assert first.keys != other.keys and first.fingerprint == other.fingerprint
+    assert single.dtypes == {"autoencoder": torch.float32, "text_encoder": torch.float32}
+    assert half.dtypes == {"autoencoder": torch.float32, "text_encoder": torch.bfloat16}
 
 
 def test_a_file_that_breaks_after_it_was_examined_is_left_out_and_said(

@@ -310,6 +310,21 @@ def test_each_part_has_its_own_path_and_type(t2v: Path, i2v: Path, tmp_path: Pat
     assert family.load("scheduler", "cpu", None).config.flow_shift == 3.0
 
 
+def test_the_type_of_each_part(i2v: Path) -> None:
+    """One rule for encoding, previews and samples; latents do not depend on the type of the training."""
+
+    def types(compute: torch.dtype, **config: Any) -> dict[str, torch.dtype]:
+        family = Wan(ModelConfig(family="wan", path=str(i2v), **config))
+        return {part: family.part_dtype(part, compute) for part in family.variant.parts}
+
+    half = types(torch.bfloat16)
+    assert {part for part, dtype in half.items() if dtype == torch.bfloat16} == {"network", "text_encoder"}
+    assert set(half.values()) == {torch.bfloat16, torch.float32} and half["autoencoder"] == torch.float32
+    assert set(types(torch.float32).values()) == {torch.float32}
+    said = types(torch.bfloat16, text_encoder={"dtype": "fp16"}, autoencoder={"dtype": "bf16"})
+    assert said == half | {"text_encoder": torch.float16, "autoencoder": torch.bfloat16}
+
+
 def test_weights_are_copied_out_of_the_file(t2v: Path, tmp_path: Path) -> None:
     """A file that is replaced while the model is in use does not change the model."""
     copy = tmp_path / "model"

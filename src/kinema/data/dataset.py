@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from kinema.randomness import generator
 
 from .batch import Batch
 from .cache import Cache
-from .encode import Encoder, Entry, EntryPlanner, Filler, Ranks, from_main, together
+from .encode import Encoder, Entry, EntryPlanner, Filler, Ranks, clip_identity, from_main, together
 from .examine import Item
 from .facts import FactStore
 from .gather import check, gather_items, report
@@ -36,13 +37,14 @@ __all__ = ["Dataset", "Prefetcher", "open_data"]
 class Dataset:
     """Items with their encodings in the cache, and the order in which they are trained on.
 
-    ``keys[i]`` are the cache keys of item i, one for each encoding, ``empty_keys[i]`` those with the empty caption
-    (None where captions are never dropped).
+    ``contents[i]`` is the hash of item i's file, ``keys[i]`` are its cache keys, one for each encoding, and
+    ``empty_keys[i]`` those with the empty caption (None where captions are never dropped).
     """
 
     def __init__(
         self,
         items: Sequence[Item],
+        contents: Sequence[str],
         keys: Sequence[tuple[bytes, ...]],
         empty_keys: Sequence[tuple[bytes, ...]] | None,
         cache: Cache,
@@ -53,9 +55,9 @@ class Dataset:
         caption_dropout: float = 0.0,
         left_out: Sequence[LeftOut] = (),
     ) -> None:
-        assert len(items) == len(keys) > 0
+        assert len(items) == len(contents) == len(keys) > 0
         assert empty_keys is not None or caption_dropout == 0
-        self.items, self.keys, self.empty_keys = items, keys, empty_keys
+        self.items, self.contents, self.keys, self.empty_keys = items, contents, keys, empty_keys
         self.cache, self.seed, self.posterior, self.caption_dropout = cache, seed, posterior, caption_dropout
         self.left_out = tuple(left_out)
         self.buckets = sorted({item.bucket for item in items})
@@ -65,12 +67,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Identity of the data and its order: the same exactly if every item would train as the same tensors."""
+        """Identity of the user's data and its order: files' contents, clips, buckets and captions, item by item.
+
+        Encoders and their types are no part of it: `kinema.training.resume` has rules of its own for them.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for keys in self.keys:
-            digest.update(b"".join(keys) + b"\n")
+        for item, content in zip(self.items, self.contents, strict=True):
+            digest.update(repr((clip_identity(item, content), item.record.caption)).encode())
         return digest.hexdigest()
 
     def global_size(self, step: int) -> int:
@@ -176,7 +181,8 @@ def open_data(
         check(items, left_out, sources, config.data.strict)
         encodings = encoder.encodings()
         prints = from_main(ranks, lambda: {e.parts: encoder.fingerprint(e.parts) for e in encodings})
-        planner = EntryPlanner(encodings, prints, str(dtype))
+        dtypes = {e.parts: " ".join(str(encoder.part_dtype(part, dtype)) for part in e.parts) for e in encodings}
+        planner = EntryPlanner(encodings, prints, dtypes)
         entries = [planner.entries(i, hashes[i.record.path], i.record.caption) for i in items]
         empty = [planner.entries(i, hashes[i.record.path], "") for i in items] if dropout > 0 else []
         filler = Filler(cache, facts, encoder, ranks, dtype=dtype, workers=config.data.workers, say=say)
@@ -193,7 +199,7 @@ def open_data(
             report(items, left_out, sources, say, directory)
         check(items, left_out, sources, config.data.strict)
     return Dataset(
-        items, _keys(entries), _keys(empty) if dropout > 0 else None, cache,
+        items, [hashes[i.record.path] for i in items], _keys(entries), _keys(empty) if dropout > 0 else None, cache,
         batch_size=config.training.batch_size, seed=config.run.seed, posterior=config.model.posterior,
         caption_dropout=dropout, left_out=left_out,
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Encoder(Protocol):
 
     def encodings(self) -> tuple[Encoding, ...]: ...
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any: ...
+    def part_dtype(self, part: str, compute: torch.dtype) -> torch.dtype: ...
     def fingerprint(self, parts: Sequence[str]) -> str: ...
     def encode(
         self, encoding: Encoding, parts: dict[str, Any], samples: Sequence[Sample]
@@ -105,22 +106,38 @@ def from_main(ranks: Ranks, work: Callable[[], T]) -> T:
     return ranks.gather_objects(result)[0]
 
 
+@lru_cache
+def _transform(height: int, width: int) -> str:
+    return Transform(height, width).fingerprint()
+
+
+def clip_identity(item: Item, content: str) -> tuple[object, ...]:
+    """What decides an item's pixels: the hash of its file's content, the clip, the bucket, the transform."""
+    clip, bucket = item.clip, item.bucket
+    return (
+        content, (clip.start, clip.frames, clip.fps), (bucket.frames, bucket.height, bucket.width),
+        _transform(bucket.height, bucket.width),
+    )  # fmt: skip
+
+
 class EntryPlanner:
     """Names the entries of items: the only place where keys are made."""
 
-    def __init__(self, encodings: Iterable[Encoding], fingerprints: Mapping[tuple[str, ...], str], dtype: str) -> None:
-        """``fingerprints``: of the encoders, by the parts; ``dtype``: what their weights are loaded in."""
+    def __init__(
+        self,
+        encodings: Iterable[Encoding],
+        fingerprints: Mapping[tuple[str, ...], str],
+        dtypes: Mapping[tuple[str, ...], str],
+    ) -> None:
+        """By the parts of an encoding: ``fingerprints`` of the encoders, ``dtypes`` that they are loaded in."""
         self.encodings = tuple(encodings)
-        self._transform = lru_cache(lambda height, width: Transform(height, width).fingerprint())
-        self._fixed = {e.name: (e.name, e.reads, e.settings, fingerprints[e.parts], dtype) for e in self.encodings}
+        self._fixed = {
+            e.name: (e.name, e.reads, e.settings, fingerprints[e.parts], dtypes[e.parts]) for e in self.encodings
+        }
 
     def entries(self, item: Item, content: str, caption: str) -> list[Entry]:
         """One entry for each encoding, in their order, of an item with the given caption."""
-        clip, bucket = item.clip, item.bucket
-        media = (
-            content, (clip.start, clip.frames, clip.fps), (bucket.frames, bucket.height, bucket.width),
-            self._transform(bucket.height, bucket.width),
-        )  # fmt: skip
+        media = clip_identity(item, content)
         result = []
         for encoding in self.encodings:
             fixed = self._fixed[encoding.name]
@@ -174,7 +191,8 @@ class Filler:
         workers: int,
         say: Callable[[str], None],
     ) -> None:
-        """``dtype``: what the encoders' weights are loaded in; ``workers``: threads that decode."""
+        """``dtype``: what the run computes in, from which each encoder's own follows; ``workers``: threads that
+        decode."""
         self.cache, self.facts, self.encoder, self.ranks = cache, facts, encoder, ranks
         self.dtype, self.workers, self.say = dtype, workers, say
 
@@ -238,9 +256,10 @@ class Filler:
                 later = {name for rest, _ in shares[number:] for name in rest}
                 self._free(parts, keep=later)
                 if share:
-                    parts.update(
-                        {n: self.encoder.load(n, self.ranks.device, self.dtype) for n in names if n not in parts}
-                    )
+                    for name in names:
+                        if name not in parts:
+                            dtype = self.encoder.part_dtype(name, self.dtype)
+                            parts[name] = self.encoder.load(name, self.ranks.device, dtype)
                     self._encode_group(share, {n: parts[n] for n in names}, forecast, failed)
         except CacheFull as error:
             if (needed := forecast.needed()) > 0:

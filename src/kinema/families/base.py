@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from kinema.config.schema import Config, ModelConfig
+from kinema.config.schema import Config, ModelConfig, PartConfig
 from kinema.data.batch import Batch, Encoding, Sample
+from kinema.dtypes import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +116,17 @@ class Family(ABC):
     @abstractmethod
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         """Load one part (eval mode, no gradients) from wherever the configuration says; UserError if it cannot be."""
+
+    def part_dtype(self, part: str, compute: torch.dtype) -> torch.dtype:
+        """The type in which a part that does not train is loaded, for encoding, previews and samples alike.
+
+        The configuration's; else ``compute`` for networks and text encoders, and fp32 for the others: they are
+        small, and what they lose in a shorter type is seen. So latents do not depend on the type of the training.
+        """
+        configured = getattr(self.config, part, PartConfig()).dtype
+        if configured is not None:
+            return torch_dtype(configured)
+        return compute if part.startswith(("network", "text_encoder")) else torch_dtype("fp32")
 
     @abstractmethod
     def fingerprint(self, parts: Sequence[str]) -> str:

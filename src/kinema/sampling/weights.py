@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _STEP = re.compile(r"step-(\d{8,})(?:-\d+)?")
-ENDS = ("autoencoder", "image_encoder")
-"""Parts that are kept in fp32: they are small, and what they lose in a shorter type is seen."""
-
-
 PIECE = 2**28
 """Elements of a checkpoint that are read at once."""
 
@@ -221,23 +217,16 @@ def _newest_checkpoint(root: Path) -> tuple[int, Path] | None:
 def load_parts(weights: Weights, device: torch.device | str, dtype: torch.dtype) -> Parts:
     """All parts that the pipeline needs: networks on ``device``, the others on the CPU until their turn.
 
-    Networks and text encoders have ``dtype``, the others fp32, where the configuration does not say otherwise.
-    Adapters are merged into the network.
+    ``dtype``: what the network computes in; the other parts' types follow from it (`Family.part_dtype`). Adapters
+    are merged into the network.
     """
     family = weights.family
     parts: Parts = {}
     for part in family.variant.parts:
         if part != "network":
-            parts[part] = family.load(part, "cpu", part_dtype(part, dtype))
+            parts[part] = family.load(part, "cpu", family.part_dtype(part, dtype))
     parts["network"] = _network(weights, device, dtype)
     return parts
-
-
-def part_dtype(part: str, dtype: torch.dtype) -> torch.dtype:
-    """The type that a part is sampled with, where the configuration names none."""
-    import torch
-
-    return torch.float32 if part in ENDS else dtype
 
 
 def _network(weights: Weights, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

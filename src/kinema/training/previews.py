@@ -22,7 +22,6 @@ from kinema.families.base import Family, Parts
 from kinema.sampling.command import add_to_index, prepare_index
 from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
 from kinema.sampling.request import check_previews, defaults_of_run, slug
-from kinema.sampling.weights import part_dtype
 from kinema.sampling.writing import suffix, write_video
 from kinema.training.networks import evaluating
 
@@ -75,7 +74,7 @@ class Previewer:
         if first:
             for part in self.family.variant.parts:
                 if part != "network":
-                    self.parts[part] = self.family.load(part, "cpu", part_dtype(part, self._dtype))
+                    self.parts[part] = self.family.load(part, "cpu", self.family.part_dtype(part, self._dtype))
         pipeline = self.family.pipeline({**self.parts, "network": network})
         pipeline.set_progress_bar_config(disable=True)
         if self.texts is None:
