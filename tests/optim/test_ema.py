@@ -74,3 +74,24 @@ def test_small_changes_of_bf16_weights_are_not_lost() -> None:
 def test_only_what_trains_is_averaged() -> None:
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     assert list(Ema([("frozen", frozen), *parameters(torch.float32).items()], 0.9).state()) == ["a", "b"]
+
+
+def test_bf16_weights_are_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same averages to the bit, and never more than a piece in fp32."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {str(i): nn.Parameter(torch.randn(n, generator=generator).bfloat16()) for i, n in enumerate((8, 3, 5, 9))}
+    whole, pieces = Ema(weights.items(), 0.9), Ema(weights.items(), 0.9)
+    for weight in weights.values():
+        weight.data.mul_(3)
+    whole.update(5)
+    sizes, lerp = [], torch._foreach_lerp_
+
+    def counted(averages: list[torch.Tensor], converted: list[torch.Tensor], share: float) -> None:
+        sizes.append([t.numel() for t in converted])
+        lerp(averages, converted, share)
+
+    monkeypatch.setattr("kinema.optim.ema.PIECE_BYTES", 8 * 4)
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    pieces.update(5)
+    assert sizes == [[8], [3, 5], [9]]
+    assert all(torch.equal(average, whole.state()[name]) for name, average in pieces.state().items())

@@ -84,3 +84,28 @@ def test_learning_rate_over_the_real_horizon():
     assert lr_factor(cosine, 54, 105) == pytest.approx(0.5)
     assert lr_factor(cosine, 104, 105) == pytest.approx(0.0, abs=1e-12)
     assert lr_factor(ScheduleConfig(), 0, 10) == 1.0
+
+
+def test_muon_stacks_pieces_of_bounded_size(monkeypatch):
+    """Many matrices of one shape in several pieces: the same step, and no stack above the bound."""
+    g = torch.Generator().manual_seed(4)
+    starts, gradients = ([torch.randn(6, 10, generator=g) for _ in range(5)] for _ in range(2))
+    sizes = []
+
+    def step() -> list[torch.nn.Parameter]:
+        weights = [torch.nn.Parameter(start.clone()) for start in starts]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        Muon(weights, lr=0.02, weight_decay=0.1).step()
+        return weights
+
+    def counted(stack, iterations):
+        sizes.append(len(stack))
+        return orthogonalise(stack, iterations)
+
+    whole = step()
+    monkeypatch.setattr("kinema.optim.muon.orthogonalise", counted)
+    monkeypatch.setattr("kinema.optim.muon.PIECE_BYTES", 2 * 6 * 10 * 4)
+    for ours, theirs in zip(step(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert sizes == [2, 2, 1]

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+PIECE_BYTES = 2**28
+"""Weights in a shorter type than the averages are converted in pieces of about this size."""
+
 
 class Ema:
     """average <- decay_n average + (1 - decay_n) weight, with decay_n = min(decay, (1 + n) / (10 + n)) after n steps.
@@ -35,9 +38,10 @@ class Ema:
         """Take in the weights after optimiser step number ``step`` (counted from 1)."""
         assert not self.swapped_in, "the network holds the averages"
         averages = [_local(average) for average in self.averages.values()]
-        weights = [_local(weight).to(a.dtype) for a, weight in zip(averages, self.parameters.values(), strict=True)]
-        if averages:
-            torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(step))
+        weights = [_local(weight) for weight in self.parameters.values()]
+        for piece in _pieces(averages):
+            converted = [weight.to(a.dtype) for a, weight in zip(averages[piece], weights[piece], strict=True)]
+            torch._foreach_lerp_(averages[piece], converted, 1.0 - self.decay_at(step))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -79,6 +83,18 @@ class Ema:
                 mine = weight.clone()
                 weight.copy_(average)
                 average.copy_(mine)
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[slice]:
+    """Runs of neighbours of at most PIECE_BYTES together, or of one tensor."""
+    start = filled = 0
+    for i, tensor in enumerate(tensors):
+        if i > start and filled + tensor.nbytes > PIECE_BYTES:
+            yield slice(start, i)
+            start, filled = i, 0
+        filled += tensor.nbytes
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose matrix updates are orthogonalised by a Newton-Schulz iteration.
 
 torch's own class iterates in bf16, one matrix after the other; most CPUs have no bf16 arithmetic, and a network's
-blocks repeat a few shapes. This one iterates in fp32 off the GPU and takes all matrices of one shape at once.
+blocks repeat a few shapes. This one iterates in fp32 off the GPU and takes many matrices of one shape at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic X <- a X + (b X X^T + c (X X^T)^2) X, chosen by Jordan for the steepest slope at zero."""
+PIECE_BYTES = 2**28
+"""Matrices that are stacked at once, counted in fp32: the iteration needs a few times this."""
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5, eps: float = 1e-7) -> Tensor:
@@ -67,23 +69,29 @@ class Muon(torch.optim.Optimizer):
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        gradients = [p.grad for p in parameters]
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        torch._foreach_lerp_(buffers, [p.grad for p in parameters], 1 - group["momentum"])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
 
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, p in enumerate(parameters):
-            by_shape[p.shape].append(i)
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            by_shape[p.shape].append(p)
         for shape, members in by_shape.items():
-            stacked = torch.stack([_whole(updates[i]) for i in members])
-            scale = -group["lr"] * 0.2 * max(shape) ** 0.5
-            for i, update in zip(members, orthogonalise(stacked, group["iterations"]), strict=True):
-                parameters[i].add_(_laid_out_like(update, parameters[i]), alpha=scale)
+            count = max(1, PIECE_BYTES // (4 * shape.numel()))
+            for start in range(0, len(members), count):
+                self._step_piece(members[start : start + count], group)
+
+    def _step_piece(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape, given their momenta."""
+        buffers = [self.state[p]["momentum"] for p in parameters]
+        updates = torch._foreach_lerp([p.grad for p in parameters], buffers, group["momentum"])
+        stacked = torch.stack([_whole(update) for update in updates])
+        scale = -group["lr"] * 0.2 * max(stacked.shape[1:]) ** 0.5
+        for p, update in zip(parameters, orthogonalise(stacked, group["iterations"]), strict=True):
+            p.add_(_laid_out_like(update, p), alpha=scale)
 
 
 def _whole(update: Tensor) -> Tensor:
