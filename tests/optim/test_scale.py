@@ -65,3 +65,13 @@ def test_defaults() -> None:
     assert scale.value == 131072
     scale.update(False)
     assert scale.value == pytest.approx(65536)
+
+
+def test_endless_overflow_leaves_a_scale_that_can_be_divided_by() -> None:
+    scale, weight = LossScale(), nn.Parameter(torch.ones(1))
+    for _ in range(2000):
+        scale.update(False)
+    assert 0 < scale.value < 1e-30
+    weight.grad = torch.full((1,), scale.value)
+    scale.unscale([weight])
+    assert weight.grad.item() == pytest.approx(1.0)

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kinema.optim.gradients import local_gradients
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""The scale never falls below: its inverse must stay a number."""
+
 
 class LossScale:
     """Multiply the loss by ``value``, ``unscale`` the gradients, skip the step if their norm is not finite, and
@@ -33,15 +38,13 @@ class LossScale:
 
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by ``value``, in place."""
-        from kinema.training.clipping import local_gradients
-
         for gradients in local_gradients(parameters).values():
             torch._foreach_mul_(gradients, 1.0 / self.value)
 
     def update(self, finite: bool) -> None:
         """Adapt ``value``: was the global norm of the gradients finite, so that the step was taken?"""
         if not finite:
-            self.value *= self.backoff
+            self.value = max(self.value * self.backoff, SMALLEST)
             self.good_steps = 0
             return
         self.good_steps += 1

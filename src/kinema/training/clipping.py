@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-_Place = tuple[Any, Any, torch.device, torch.dtype]
-
-
-def local_gradients(parameters: Iterable[nn.Parameter]) -> dict[_Place, list[Tensor]]:
-    """This rank's parts of all gradients, grouped by (mesh, placements, device, dtype); mesh None for plain tensors.
-
-    The tensors share memory with the gradients.
-    """
-    groups: dict[_Place, list[Tensor]] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if isinstance(gradient, DTensor):
-            local = gradient.to_local()
-            place = (gradient.device_mesh, gradient.placements, local.device, local.dtype)
-        else:
-            local, place = gradient, (None, None, gradient.device, gradient.dtype)
-        groups.setdefault(place, []).append(local)
-    return groups
+from kinema.optim.gradients import Place, local_gradients
 
 
 @torch.no_grad()
@@ -53,7 +32,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     return norm
 
 
-def _squared_norm(place: _Place, gradients: list[Tensor]) -> Tensor:
+def _squared_norm(place: Place, gradients: list[Tensor]) -> Tensor:
     mesh, placements, _, dtype = place
     norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
     square = torch.stack(norms).square().sum()
