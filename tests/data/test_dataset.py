@@ -137,6 +137,21 @@ def test_every_file_is_used_or_listed_with_its_reason(folder: Path, tmp_path: Pa
         open_set(tmp_path / "nothing", tmp_path)
 
 
+def test_what_the_scan_counts_is_said(folder: Path, tmp_path: Path):
+    said: list[str] = []
+    open_set(folder, tmp_path, say=said.append)
+    assert not any(line.startswith(("Used with", "Ignored")) for line in said)
+    (folder / "video0.txt").write_text(" \n")
+    (folder / "video1.txt").unlink()
+    (folder / "video2.txt").unlink()
+    for name in ("table.csv", "video3.srt", "notes.md", ".hidden"):
+        (folder / name).touch()
+    said.clear()
+    open_set(folder, tmp_path, say=said.append, data__missing_caption="empty")
+    assert "Used with an empty caption: 1 with an empty file, 2 with none" in said
+    assert "Ignored: 3 beside media (tables, subtitles and the like), 1 hidden" in said
+
+
 def test_a_long_list_of_what_is_left_out_is_in_a_file(folder: Path, tmp_path: Path):
     for k in range(40):
         (folder / f"bare{k}.png").touch()

@@ -56,8 +56,7 @@ class PartConfig(Section):
     path: PathOrHub | None = None
     """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, or a single file."""
     dtype: Dtype | None = None
-    """Storage type of its weights. Default: fp32 for networks that train whole, `training.precision` for those under an
-    adapter and for text encoders, fp32 for the autoencoder and the image encoder."""
+    """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`."""
 
 
 class ModelConfig(Section):

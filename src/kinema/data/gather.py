@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
+from types import MappingProxyType
 
 from kinema.config.schema import BucketConfig, Config, SourceConfig
 from kinema.errors import UserError
@@ -23,6 +25,12 @@ from .segments import publish, write_all
 
 LISTED = 30
 """So many files that are left out are printed; where there are more, a file in the cache directory has all."""
+
+COUNTED = {
+    "Used with an empty caption": {"empty caption": "with an empty file", "missing caption": "with none"},
+    "Ignored": {"sidecar": "beside media (tables, subtitles and the like)", "hidden": "hidden"},
+}
+"""Counts of a scan that are printed, where they are not zero, and their words."""
 
 Examined = tuple[list[Item], str, list[LeftOut]]
 """What a file gave: its items, the hash of its content, what is left out of it."""
@@ -56,7 +64,7 @@ def gather_items(
     start opens no file.
     """
     groups = bucket_groups(config.data.buckets, encoder)
-    records, left_out = from_main(ranks, lambda: _scan(sources, config.data.missing_caption))
+    records, left_out, counts = from_main(ranks, lambda: _scan(sources, config.data.missing_caption))
     fps = config.data.buckets.fps
     asked = hashlib.blake2b(repr(([astuple(group) for group in groups], fps)).encode(), digest_size=8)
     how = f"{EXAMINED}\0{asked.hexdigest()}"
@@ -81,21 +89,24 @@ def gather_items(
         for item in found:
             hashes[item.record.path] = content
     if ranks.rank == 0:
-        report(items, left_out, sources, say, facts.directory)
+        report(items, left_out, sources, say, facts.directory, counts)
     for item in items:
         for note in item.notes:
             say(f"  {item.record.path}: {note}")
     return items, hashes, left_out
 
 
-def _scan(sources: Sequence[SourceConfig], missing_caption: str) -> tuple[list[Record], list[LeftOut]]:
+def _scan(sources: Sequence[SourceConfig], missing_caption: str) -> tuple[list[Record], list[LeftOut], dict[str, int]]:
+    """`scan` of all sources: their records, what is left out, and the counts added up."""
     records: list[Record] = []
     left_out: list[LeftOut] = []
+    counts: Counter[str] = Counter()
     for source in sources:
-        found, missed, _ = scan(source.path, source.name or "", missing_caption)  # type: ignore[arg-type]
+        found, missed, counted = scan(source.path, source.name or "", missing_caption)  # type: ignore[arg-type]
         records += found
         left_out += missed
-    return records, left_out
+        counts.update(counted)
+    return records, left_out, dict(counts)
 
 
 def recall(record: Record, how: str, facts: FactStore) -> Examined | None:
@@ -132,10 +143,12 @@ def report(
     sources: Sequence[SourceConfig],
     say: Callable[[str], None],
     directory: Path,
+    counts: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Say how many files are used, in which buckets, and which are left out and why.
 
-    A long list goes to a file in ``directory``, named after its content.
+    ``counts``: those of `scan`, for what is neither used as it is nor left out. A long list
+    goes to a file in ``directory``, named after its content.
     """
     names = ", ".join(str(source.name or source.path) for source in sources)
     files = len({item.record.path for item in items})
@@ -145,6 +158,9 @@ def report(
         buckets[str(item.bucket)] = buckets.get(str(item.bucket), 0) + 1
     for bucket, count in sorted(buckets.items()):
         say(f"  {bucket}: {count}")
+    for what, names_of in COUNTED.items():
+        if found := [f"{counts[name]} {words}" for name, words in names_of.items() if counts.get(name)]:
+            say(f"{what}: {', '.join(found)}")
     if left_out:
         say("Left out: " + ", ".join(f"{count} {code}" for code, count in count_reasons(left_out).items()))
         for entry in left_out[:LISTED]:
