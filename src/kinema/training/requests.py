@@ -11,17 +11,21 @@ from types import FrameType
 from typing import Any
 
 SAVE, QUIT = 1, 2
+REPEAT_SECONDS = 5.0
+"""torchrun forwards a signal that a scheduler has sent to its processes too: so soon after the first, it is the same
+one again."""
 
 
 @dataclass
 class Requests:
     """SIGTERM and SIGINT ask for a checkpoint and the end of the run; so does a file ``save_quit`` in the run
     directory; a file ``save`` asks for a checkpoint alone, and so does the clock when ``minutes`` have passed since
-    ``saved`` was called. A second signal ends the process at once."""
+    ``saved`` was called. A signal more than ``REPEAT_SECONDS`` after the first ends the process at once."""
 
     directory: Path
     minutes: float | None = None
     _pending: int = 0
+    _signalled_at: float | None = None
     _saved_at: float = field(default_factory=time.monotonic)
     _previous: dict[int, Any] = field(default_factory=dict)
 
@@ -37,8 +41,13 @@ class Requests:
         self._previous.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._pending |= SAVE | QUIT
-        signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self._pending |= SAVE | QUIT
+        elif now - self._signalled_at > REPEAT_SECONDS:
+            signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+            signal.raise_signal(number)
 
     def saved(self) -> None:
         """A checkpoint was made: the minutes count from now."""
