@@ -17,7 +17,7 @@ from media_files import frame_number, numbered_frame, package_file, shared_clips
 from PIL import Image
 
 from kinema.data.buckets import BucketSpec, Clip, make_buckets
-from kinema.data.examine import examine, examine_one
+from kinema.data.examine import Item, examine_one
 from kinema.data.media import MediaError, Transform, content_hash, decode_clip, probe, to_unit
 from kinema.data.records import LeftOut, Record, exact_rate
 
@@ -487,8 +487,9 @@ def test_wrong_extension_is_read_by_content(tmp_path: Path) -> None:
     write_video(tmp_path / "v.mp4", [numbered_frame(i) for i in range(5)])
     (tmp_path / "v.mp4").rename(tmp_path / "v.jpg")
     records = [Record(tmp_path / "a.png", "", "image"), Record(tmp_path / "v.jpg", "", "image")]
-    items, left_out = examine(records, make_buckets(BucketSpec((64,), (1, 5))), workers=2)
-    assert not left_out
+    groups = make_buckets(BucketSpec((64,), (1, 5)))
+    items = [item for record in records for item in examine_one(record, groups, None, "clip")]
+    assert all(isinstance(item, Item) for item in items)
     assert [(item.record.kind, item.bucket.frames) for item in items] == [("image", 1), ("video", 5)]
 
 
@@ -537,7 +538,7 @@ def test_damage_in_the_middle(tmp_path: Path, check: Any) -> None:
     assert "damaged after frame" in too_long.reason
 
 
-def test_examine_keeps_order_and_says_when_a_video_becomes_a_picture(tmp_path: Path) -> None:
+def test_each_group_has_its_place_and_it_is_said_when_a_video_becomes_a_picture(tmp_path: Path) -> None:
     records = []
     for index, frames in enumerate((3, 9, 0, 20)):
         path = tmp_path / f"{index}.mp4"
@@ -545,13 +546,14 @@ def test_examine_keeps_order_and_says_when_a_video_becomes_a_picture(tmp_path: P
             write_video(path, [numbered_frame(i) for i in range(frames)])
         records.append(Record(path, str(index), "video"))
     groups = make_buckets(BucketSpec((64, 96), (1, 9, 17), num_aspect_buckets=1))
-    items, left_out = examine(records, groups, workers=2)
+    results = [result for record in records for result in examine_one(record, groups, None, "clip")]
+    items = [result for result in results if isinstance(result, Item)]
+    left_out = [result for result in results if isinstance(result, LeftOut)]
     assert [(i.record.caption, i.group, i.bucket.frames) for i in items] == [
         ("0", "64", 1), ("0", "96", 1), ("1", "64", 9), ("1", "96", 9), ("3", "64", 17), ("3", "96", 17),
     ]  # fmt: skip
     assert "too short for 9 frames" in items[0].notes[0]
     assert [entry.path.name for entry in left_out] == ["2.mp4"]
-    assert items == examine(records, groups, workers=1)[0]
 
 
 # ---- memory

@@ -12,7 +12,7 @@ import torch
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
-from kinema.sampling.pipeline import SampleSettings, Texts, first_frame, sample_many, sample_one, shifted
+from kinema.sampling.pipeline import SampleSettings, Texts, first_frame, sample_many, shifted
 from kinema.sampling.weights import Weights, load_parts
 
 SETTINGS = SampleSettings("a red ball", 32, 48, 9, steps=3, guidance=4.0, negative="blue box", text_length=512)
@@ -64,7 +64,7 @@ def by_hand(directory: Path, settings: SampleSettings, **extra: Any) -> torch.Te
 )
 def test_equals_diffusers(pipeline: Any, text_to_video: Path, change: dict[str, Any]) -> None:
     settings = replace(SETTINGS, **change)
-    ours = sample_one(pipeline, settings)
+    ours = next(sample_many(pipeline, [settings]))
     assert ours.shape == (3, settings.frames, 32, 48) and ours.dtype == torch.float32
     theirs = by_hand(text_to_video, settings) * 2 - 1
     assert (ours - theirs).abs().max().item() <= 1e-6
@@ -79,13 +79,13 @@ def test_image_to_video_equals_diffusers(tmp_path: Path) -> None:
     Image.fromarray(noise.numpy()).save(tmp_path / "first.png")
     settings = replace(SETTINGS, image=tmp_path / "first.png")
     pipeline = pipeline_of(directory)
-    ours = sample_one(pipeline, settings)
+    ours = next(sample_many(pipeline, [settings]))
     picture = first_frame(tmp_path / "first.png", 32, 48)
     assert picture.size == (48, 32)
     theirs = by_hand(directory, settings, image=picture) * 2 - 1
     assert (ours - theirs).abs().max().item() <= 1e-6
     Image.new("RGB", (48, 32)).save(tmp_path / "black.png")
-    other = sample_one(pipeline, replace(settings, image=tmp_path / "black.png"))
+    other = next(sample_many(pipeline, [replace(settings, image=tmp_path / "black.png")]))
     assert (ours - other).abs().max().item() > 1e-3
 
 
@@ -96,7 +96,7 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: Any) -> None:
     together = list(sample_many(pipeline, many, batch=4))
     assert [one.shape[1] for one in together] == [9, 9, 5, 9, 9, 9]
     for settings, batched in zip(many, together, strict=True):
-        alone = sample_one(pipeline, settings)
+        alone = next(sample_many(pipeline, [settings]))
         assert (alone - batched).abs().max().item() <= 2e-5
     distances = [(together[0] - one).abs().max().item() for one in (together[1], together[3])]
     assert min(distances) > 1e-2, "another seed or prompt makes another sample"
@@ -142,11 +142,11 @@ def test_each_text_is_encoded_once(pipeline: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_sampling_leaves_the_pipeline_and_the_random_state_alone(pipeline: Any) -> None:
     scheduler, state = pipeline.scheduler, torch.get_rng_state()
-    a = sample_one(pipeline, replace(SETTINGS, shift=7.0))
+    a = next(sample_many(pipeline, [replace(SETTINGS, shift=7.0)]))
     assert pipeline.scheduler is scheduler
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
-    assert torch.equal(a, sample_one(pipeline, replace(SETTINGS, shift=7.0)))
+    assert torch.equal(a, next(sample_many(pipeline, [replace(SETTINGS, shift=7.0)])))
 
 
 def test_shifts_of_schedulers() -> None:

@@ -19,7 +19,7 @@ from kinema.config.schema import Config
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
 from kinema.parallel.mesh import World
-from kinema.sampling.pipeline import sample_one
+from kinema.sampling.pipeline import sample_many
 from kinema.sampling.weights import Weights, load_parts
 from kinema.sampling.writing import read_metadata, to_uint8
 from kinema.training.previews import Previewer
@@ -50,7 +50,7 @@ def expected(config: Config, network: Any, index: int) -> torch.Tensor:
     parts = {**load_parts(Weights(family, "base"), "cpu", torch.float32), "network": network}
     pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
-    return sample_one(pipeline, Previewer(config, family, ALONE).settings[index])
+    return next(sample_many(pipeline, [Previewer(config, family, ALONE).settings[index]]))
 
 
 def test_a_preview_is_the_sampler_s_and_leaves_no_trace(base: Path, tmp_path: Path) -> None:

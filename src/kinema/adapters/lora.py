@@ -226,9 +226,3 @@ def merge_adapter(network: nn.Module) -> None:
         setattr(network.get_submodule(parent), child, module.get_base_layer())
     if hasattr(network, "peft_config"):
         del network.peft_config
-
-
-def count_trainable(network: nn.Module) -> tuple[int, int]:
-    """Parameters that train, and all parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -62,14 +62,10 @@ class BucketSpec:
     num_aspect_buckets: int = 9
     """How many aspect ratios, evenly spaced in their logarithm; 1 gives squares when the range is
     symmetric."""
-    aspect_ratios: Sequence[float | tuple[float, float]] | None = None
-    """Explicit aspect ratios (a number, or [width, height]) instead of a range."""
     size_buckets: Sequence[tuple[int, int, int]] | None = None
     """Explicit [width, height, frames], used as they are instead of everything above."""
     frames_mode: FramesMode = "head"
     """Where in a longer video the clip is taken: its beginning, or its middle."""
-    upscale: bool = True
-    """False leaves out files that are smaller than their bucket."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,6 @@ class BucketGroup:
     name: str
     buckets: tuple[Bucket, ...]
     frames_mode: FramesMode = "head"
-    upscale: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def make_buckets(spec: BucketSpec, grid: int = 16, stride: int = 4) -> tuple[Buc
         raise UserError(f'frames_mode is "{spec.frames_mode}": expected "head" or "middle"')
     if spec.size_buckets is not None:
         explicit = _explicit(spec.size_buckets, grid, stride)
-        return (BucketGroup("size_buckets", explicit, spec.frames_mode, spec.upscale),)
+        return (BucketGroup("size_buckets", explicit, spec.frames_mode),)
     if not spec.resolutions:
         raise UserError("resolutions is empty: give at least one, such as [512]")
     if not spec.frames:
@@ -118,7 +113,7 @@ def make_buckets(spec: BucketSpec, grid: int = 16, stride: int = 4) -> tuple[Buc
         sizes = dict.fromkeys(size_for(ratio, area, grid) for ratio in ratios)
         buckets = tuple(Bucket(f, h, w) for f in frames for h, w in sizes)
         name = str(resolution) if isinstance(resolution, int) else f"{resolution[0]}x{resolution[1]}"
-        groups.append(BucketGroup(name, buckets, spec.frames_mode, spec.upscale))
+        groups.append(BucketGroup(name, buckets, spec.frames_mode))
     return tuple(groups)
 
 
@@ -138,11 +133,6 @@ def size_for(ratio: float, area: float, grid: int) -> tuple[int, int]:
 
 
 def _aspect_ratios(spec: BucketSpec) -> list[float]:
-    if spec.aspect_ratios is not None:
-        ratios = [float(r) if isinstance(r, (int, float)) else r[0] / r[1] for r in spec.aspect_ratios]
-        if not ratios or min(ratios) <= 0:
-            raise UserError("aspect_ratios must be positive numbers (width / height) or [width, height] pairs")
-        return ratios
     low, high, count = spec.min_aspect, spec.max_aspect, spec.num_aspect_buckets
     if not 0 < low <= high:
         raise UserError(f"min_aspect {low} and max_aspect {high}: expected 0 < min_aspect <= max_aspect")
@@ -209,12 +199,6 @@ def assign(info: MediaInfo, group: BucketGroup, target_fps: float | None = None)
         return distance, -bucket.frames, larger, area if larger else -area
 
     best = min(fitting, key=preference)
-    if not group.upscale and (info.width < best.width or info.height < best.height):
-        return Misfit(
-            f"is {info.width}x{info.height}, smaller than its bucket {best.width}x{best.height} "
-            "(upscale = false): add a lower resolution, or allow upscaling",
-            "too small",
-        )
     if info.kind == "image":
         return best, Clip()
     start = (available - best.frames) // 2 if group.frames_mode == "middle" else 0

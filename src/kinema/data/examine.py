@@ -3,9 +3,7 @@ out."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,47 +28,15 @@ class Item:
     """What the user should know about how the file is used: damage, a video used as a picture."""
 
 
-def examine(
-    records: Iterable[Record],
-    groups: Sequence[BucketGroup],
-    target_fps: float | None = None,
-    check: Check = "clip",
-    workers: int | None = None,
-) -> tuple[list[Item], list[LeftOut]]:
-    """Probe every record and give it one bucket and clip in each group, in the order of the records.
-
-    ``check``: "clip" decodes what will be used and throws it away, so that damage is known before the
-    expensive work starts (where it is found, the frames before the damage are used if they suffice); "all"
-    decodes whole files; "header" trusts headers and packets, for sources of millions of files. ``workers``:
-    threads (None: one per core).
-
-    A broken file never raises: it is left out with its reason.
-    """
-    items: list[Item] = []
-    left_out: list[LeftOut] = []
-    threads = workers or os.cpu_count() or 1
-    if threads == 1:
-        for record in records:
-            _collect(examine_one(record, groups, target_fps, check), items, left_out)
-        return items, left_out
-    with ThreadPoolExecutor(threads, thread_name_prefix="examine") as pool:
-        for result in pool.map(lambda record: examine_one(record, groups, target_fps, check), records):
-            _collect(result, items, left_out)
-    return items, left_out
-
-
-def _collect(results: Iterable[Item | LeftOut], items: list[Item], left_out: list[LeftOut]) -> None:
-    for result in results:
-        if isinstance(result, Item):
-            items.append(result)
-        else:
-            left_out.append(result)
-
-
 def examine_one(
     record: Record, groups: Sequence[BucketGroup], target_fps: float | None, check: Check
 ) -> list[Item | LeftOut]:
-    """One Item or LeftOut per group; a single LeftOut where the file cannot be used at all."""
+    """One Item or LeftOut per group; a single LeftOut where the file cannot be used at all. Never raises for a file.
+
+    ``check``: "clip" decodes what will be used and throws it away, so that damage is known before the expensive work
+    starts (where it is found, the frames before the damage are used if they suffice); "all" decodes whole files;
+    "header" trusts headers and packets, for sources of millions of files.
+    """
     try:
         info = probe(record.path, decode=check == "all")
         try:

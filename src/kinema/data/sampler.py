@@ -62,14 +62,6 @@ class BatchOrder:
         epoch = self._epoch(number)
         return number, epoch.items[epoch.starts[position] : epoch.ends[position]]
 
-    def samples_before(self, step: int) -> int:
-        """How many samples the steps 0 .. step - 1 hold together."""
-        number, position = divmod(step, self.steps_per_epoch)
-        if position == 0:
-            return number * len(self)
-        epoch = self._epoch(number)
-        return number * len(self) + int((epoch.ends[:position] - epoch.starts[:position]).sum())
-
     def _epoch(self, number: int) -> _Epoch:
         for key, epoch in self._cached:  # one tuple, replaced whole: safe to read from the prefetching thread
             if key == number:

@@ -69,13 +69,6 @@ class SampleSettings:
         )
 
 
-def sample_one(
-    pipeline: Any, settings: SampleSettings, device: torch.device | str = "cpu", on_step: OnStep | None = None
-) -> Tensor:
-    """One sample: pixels in [-1, 1], float32 [C, T, H, W] on the CPU. See `sample_many`."""
-    return next(sample_many(pipeline, [settings], device, on_step))
-
-
 def sample_many(
     pipeline: Any,
     settings: Sequence[SampleSettings],
