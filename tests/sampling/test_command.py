@@ -171,6 +171,17 @@ def agree(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance:
     return max((one[name] - two[name]).abs().max().item() for name in one) <= tolerance
 
 
+@pytest.mark.parametrize("meta", ["{", '{"format": 99, "sequence": 1}'])
+def test_a_checkpoint_that_cannot_be_read_is_named(base: Path, tmp_path: Path, meta: str) -> None:
+    config = make_config(base, tmp_path)
+    write_description(config.run.dir, config, {})
+    place = config.run.dir / "checkpoints" / "step-00000002"
+    place.mkdir(parents=True)
+    (place / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match="step-00000002"):
+        find_weights(config.run.dir, None, family=None, variant=None, adapters=(), ema=None)
+
+
 @pytest.mark.parametrize("adapter", [None, {"rank": 4, "alpha": 8.0}])
 def test_a_run_is_sampled_from_its_newest_weights(base: Path, tmp_path: Path, adapter: dict[str, Any] | None) -> None:
     config = make_config(base, tmp_path, **({"adapter": adapter} if adapter else {}))

@@ -166,6 +166,7 @@ def _of_run(run: Path, ema: bool) -> Weights:
     checkpoints will do.
     """
     from kinema.config.load import load_config
+    from kinema.training.checkpoint_list import list_checkpoints
     from kinema.training.export import list_exports
 
     if not run.is_dir():
@@ -174,20 +175,20 @@ def _of_run(run: Path, ema: bool) -> Weights:
         raise UserError(f"--run {run} is no run directory: it has no config.toml.")
     config = load_config(run / "config.toml")
     exports = list_exports(run / "exports")
-    checkpoint = _newest_checkpoint(run / "checkpoints")
+    checkpoint = next(reversed(list_checkpoints(run / "checkpoints")), None)
     if config.training.ema is not None and not ema:
         exports = []
         if checkpoint is None:
             raise UserError(f"--no-ema: {run} has no checkpoint, which alone holds weights that are not averaged.")
     if not exports and checkpoint is None:
         raise UserError(f"--run {run} holds neither an export nor a checkpoint: nothing has been trained in it yet.")
-    if exports and (checkpoint is None or checkpoint[0] <= _step(exports[-1])):
+    if exports and (checkpoint is None or checkpoint.step <= _step(exports[-1])):
         found = _of_export(exports[-1])
         assert found is not None
         return replace(found, label=f"{run.resolve().name} at step {_step(exports[-1])}", config=config)
     assert checkpoint is not None
     family = open_family(_free(config.model), config.run.seed)
-    return Weights(family, f"{run.resolve().name} at step {checkpoint[0]}", config, checkpoint[1], ema)
+    return Weights(family, f"{run.resolve().name} at step {checkpoint.step}", config, checkpoint.path, ema)
 
 
 def _free(model: ModelConfig) -> ModelConfig:
@@ -199,16 +200,6 @@ def _step(path: Path) -> int:
     match = _STEP.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
-
-
-def _newest_checkpoint(root: Path) -> tuple[int, Path] | None:
-    """(step, path) of the complete checkpoint written last, found without importing torch."""
-    found = [
-        (json.loads((path / "meta.json").read_text(encoding="utf-8"))["sequence"], _step(path), path)
-        for path in (root.iterdir() if root.is_dir() else ())
-        if _STEP.fullmatch(path.name) and (path / "meta.json").is_file()
-    ]
-    return max(found)[1:] if found else None
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +35,12 @@ from kinema.training.checkpoint_files import (
     free_bytes,
     sync_path,
 )
+from kinema.training.checkpoint_list import FORMAT, Checkpoint, list_checkpoints, read_header
 
 State = Mapping[str, "Tensor | State"]
 """Nested names of tensors."""
 
-_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _WRITING, _DELETING = ".writing-", ".deleting-"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint. ``sequence`` counts the checkpoints of a run directory in the order of writing."""
-
-    path: Path
-    step: int
-    sequence: int
 
 
 class Checkpointer:
@@ -227,29 +215,14 @@ class Checkpointer:
             _delete(old.path)
 
 
-def list_checkpoints(root: Path) -> list[Checkpoint]:
-    """All complete checkpoints in a directory in the order in which they were written."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        try:
-            found.append(Checkpoint(path, int(match[1]), int(_read_meta(path)["sequence"])))
-        except UserError:
-            if path.exists():  # else a run that is under way has just rotated it away
-                raise
-    return sorted(found, key=lambda checkpoint: checkpoint.sequence)
-
-
 def read_meta(path: Path) -> dict[str, Any]:
     """The ``meta`` that was saved with a checkpoint."""
-    return _read_meta(path)["meta"]
+    return read_header(path)["meta"]
 
 
 def contents(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and types of the tensors in a checkpoint; nested names are joined with dots."""
-    _read_meta(path)
+    read_header(path)
     stored = SafetensorsReader(path).read_metadata().state_dict_metadata
     return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
 
@@ -310,16 +283,6 @@ def flatten(tensors: State, prefix: str = "") -> dict[str, Tensor]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no complete checkpoint: its meta.json cannot be read ({error}).") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}.")
-    return meta
 
 
 def _prepare_root(root: Path) -> None:

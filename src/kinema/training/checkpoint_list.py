@@ -1,0 +1,49 @@
+"""Which checkpoints a directory holds, found without importing torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kinema.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint. ``sequence`` counts the checkpoints of a run directory in the order of writing."""
+
+    path: Path
+    step: int
+    sequence: int
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """All complete checkpoints in a directory in the order in which they were written."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            found.append(Checkpoint(path, int(match[1]), int(read_header(path)["sequence"])))
+        except UserError:
+            if path.exists():  # else a run that is under way has just rotated it away
+                raise
+    return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What ``meta.json`` holds; UserError where it is missing, damaged, or of another format."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no complete checkpoint: its meta.json cannot be read ({error}).") from error
+    if meta.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}.")
+    return meta
