@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kinema.config.schema import ParallelConfig
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+TIMEOUT = timedelta(days=1)
+"""How long a collective waits: the others wait while the main rank makes previews or writes exports to a slow disk,
+or one rank encodes more than its share, which torch's 10 to 30 minutes would take for a hang. torchrun sees a rank
+that died at once."""
 
 Summand = TypeVar("Summand", "Tensor", float)
 
@@ -131,7 +136,7 @@ def start(parallel: ParallelConfig, device: str | None = None) -> World:
         from torch.distributed.device_mesh import init_device_mesh
 
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=where if where.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
         mesh = init_device_mesh(where.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
     return World(rank, size, local_rank, where, rank, size, replicate, shard, mesh)
 
