@@ -106,7 +106,9 @@ def train_step(trainer: Trainer, batch: Batch, examples: int, asked: int) -> Ste
         # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
         torch.manual_seed(derive_seed(t.config.run.seed, step, micro.indices[0], "dropout"))
         with t.accumulating(i == len(micro_batches) - 1):
-            with torch.autocast(world.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32):
+            # The cache would keep casts of all weights, which sharding is there to avoid.
+            cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
+            with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
                 loss = t.objective(micro.to(world.device), t.networks, draws)
             (loss.total if t.scale is None else loss.total * t.scale.value).backward()
         loss_sum += loss.total.detach()
@@ -152,11 +154,12 @@ def split(batch: Batch, micro_batch_size: int | None, share: int) -> list[Batch]
 
 def _count_non_finite(trainer: Trainer, finite: bool, step: int) -> None:
     trainer.non_finite = 0 if finite else trainer.non_finite + 1
-    if trainer.non_finite >= NON_FINITE_LIMIT and trainer.scale is None:
+    # A loss scale that is still large is only on its way down to where gradients fit.
+    if trainer.non_finite >= NON_FINITE_LIMIT and (trainer.scale is None or trainer.scale.value < 1):
         raise UserError(
-            f"The gradient was not finite in {NON_FINITE_LIMIT} steps in a row, up to step {step + 1}; those updates "
-            "were skipped. Lower optimizer.lr, keep training.clip_norm at 1, or train in fp32; then resume from the "
-            "newest checkpoint."
+            f"The gradient was not finite in {trainer.non_finite} steps in a row, up to step {step + 1}; those updates "
+            "were skipped. Lower optimizer.lr, keep training.clip_norm at 1, or train in bf16 or fp32; then "
+            "resume from the newest checkpoint."
         )
 
 

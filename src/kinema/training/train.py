@@ -332,7 +332,8 @@ class Run:
 
         t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
         losses: dict[str, float] = {}
-        autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32)
+        cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
+        autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached)
         with self._averaged(), evaluating(self.networks.values()), autocast:
             for name, data in self.evaluation_sets.items():
                 batches = data.ordered_batches(size, world.dp_rank, world.dp_size)
