@@ -61,7 +61,7 @@ def export_weights(root: Path, step: int, family: Family, network: nn.Module, co
 
     target = root / f"{_STEP}{step:08d}"
     is_adapter = config.adapter is not None
-    state = _gathered(network, is_adapter, keep=world.is_main)
+    state = _gathered(network, is_adapter, torch_dtype(config.export.dtype), keep=world.is_main)
     problem = None
     if world.is_main:
         partial = root / f"{_WRITING}{target.name}"
@@ -110,8 +110,8 @@ def read_export(path: Path) -> Export | None:
     return Export(facts["step"], ModelConfig.model_validate(model), adapter)
 
 
-def _gathered(network: nn.Module, is_adapter: bool, keep: bool) -> dict[str, Tensor]:
-    """The weights on the CPU, whole, by their diffusers names; empty where they are not kept."""
+def _gathered(network: nn.Module, is_adapter: bool, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """The weights on the CPU, whole, in ``dtype``, by their diffusers names; empty where they are not kept."""
     from torch.distributed.tensor import DTensor
 
     from kinema.adapters.lora import adapter_state
@@ -120,7 +120,8 @@ def _gathered(network: nn.Module, is_adapter: bool, keep: bool) -> dict[str, Ten
     for name, value in (adapter_state(network) if is_adapter else network.state_dict()).items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
-            state[name] = whole.detach().cpu()
+            whole = whole.detach()
+            state[name] = (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
     return state
 
 
@@ -186,10 +187,7 @@ def _write_adapter(job: _Writing, state: Mapping[str, Tensor]) -> None:
 def _write_network(job: _Writing, state: Mapping[str, Tensor], network: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    tensors = {
-        name: (value.to(job.dtype) if value.is_floating_point() else value).contiguous()
-        for name, value in state.items()
-    }
+    tensors = {name: value.contiguous() for name, value in state.items()}
     metadata = {"format": "pt", **job.metadata()}
     for layout, place in job.places.items():
         path = job.directory / place

@@ -58,12 +58,18 @@ def check_networks(config: Config, family: Family) -> None:
 
 
 def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.Module]:
-    """The networks that train, by part name, on their devices: with an adapter on a frozen base, or whole."""
+    """The networks that train, by part name, on their devices: with an adapter on a frozen base, or whole.
+
+    Weights that are not sharded are loaded straight onto the device. Sharded ones pass through this machine's memory:
+    processes share the pages of files of the stored type, but conversion to another type gives each process a whole
+    copy until its shards are made.
+    """
     from kinema.memory.checkpointing import checkpoint_blocks
     from kinema.parallel.data import shard
 
     stored = config.model.network.dtype or ("fp32" if config.adapter is None else config.training.precision)
-    parts: Parts = {"network": family.load("network", "cpu", torch_dtype(stored))}
+    place = world.device if world.dp_shard == 1 else "cpu"
+    parts: Parts = {"network": family.load("network", place, torch_dtype(stored))}
     networks = family.trainables(parts)
     for network in networks.values():
         network.train()
