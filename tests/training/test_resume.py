@@ -58,3 +58,11 @@ def test_an_old_run_is_moved_not_deleted(tmp_path):
         moved = set_aside(tmp_path)
         assert (moved / "metrics.jsonl").read_text() == name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "previous-1", "previous-2"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_dropout_draws_by_is_announced_where_there_is_dropout(dropout):
+    old = {"adapter": {"dropout": dropout}, "training": {"micro_batch_size": 4}, "parallel": {"dp_shard": 1}}
+    new = {"adapter": {"dropout": dropout}, "training": {"micro_batch_size": 2}, "parallel": {"dp_shard": 2}}
+    lines = ["parallel.dp_shard: 1 -> 2", "training.micro_batch_size: 4 -> 2"]
+    assert compare(old, new, ResumeOptions()) == (lines if dropout else [])

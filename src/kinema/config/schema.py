@@ -94,7 +94,8 @@ class AdapterConfig(Section):
     alpha: float | None = Field(default=None, gt=0)
     """Scale numerator: the update is multiplied by alpha / rank. Default: the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input. Its draws, unlike all others, depend on the number of processes and on
+    `training.micro_batch_size`."""
     targets: tuple[str, ...] | None = None
     """Regular expressions over module names, matched from their end; default: the family's."""
     dtype: Dtype = "fp32"

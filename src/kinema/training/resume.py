@@ -77,6 +77,9 @@ RULES: dict[str, Rule] = {
 the numbers. Keys of no rule (previews, checkpoints, exports, evaluation, monitoring, the parallel plan, micro-batches,
 activation checkpointing) change nothing that is learnt."""
 
+DRAWN_BY_RANK = ("training.micro_batch_size", "parallel.")
+"""Change the draws of dropout layers, and so are announced where there are any."""
+
 FLAGS = {"resets data": "--reset-data", "resets optimizer": "--reset-optimizer"}
 
 
@@ -84,9 +87,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) ->
     """Announcements for keys that changed between two resolved configurations; UserError listing every key that may
     not change, each with what would allow it."""
     announcements, refusals = [], []
+    dropout = (new.get("adapter") or {}).get("dropout", 0) > 0
     allowed = {"resets data": options.reset_data, "resets optimizer": options.reset_optimizer}
     for key, before, after in _differences(old, new):
         rule = _rule(key)
+        if rule is None and dropout and key.startswith(DRAWN_BY_RANK):
+            rule = "announced"
         line = f"{key}: {before!r} -> {after!r}"
         if rule == "refused":
             refusals.append(f"  {line} (needs a new run: other run.dir, and --weights-from to keep the weights)")
