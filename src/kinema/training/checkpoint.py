@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
-from kinema.parallel.mesh import World
+from kinema.parallel.mesh import TIMEOUT, World
 from kinema.sizes import readable_bytes
 from kinema.training.checkpoint_files import (
     CopiesPlanner,
@@ -55,7 +55,7 @@ class Checkpointer:
         self.keep = keep
         self.asynchronous = asynchronous
         self.world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(timeout=TIMEOUT, backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._copies: dict[str, Tensor] = {}
