@@ -40,15 +40,17 @@ class Phase:
     max_noise: float
     world_share: float
     batches: tuple[tuple[float, int, int, int], ...]
+    anywhere: bool = False
+    """The world's shapes move on any line at any speed, not only on the world's own."""
     decoder_only: bool = False
 
 
 PHASES = (
-    Phase(900, 0.04, 2e-3, 0.5, 0.5, ((0.7, 8, 5, 32), (0.85, 8, 9, 32), (1.0, 2, 17, 64))),
-    Phase(800, 0.025, 2e-3, 0.3, 0.75, ((0.85, 4, 9, 48), (1.0, 3, 17, 64))),
-    Phase(700, 0.02, 2e-3, 0.5, 0.75, ((1.0, 4, 17, 64),), decoder_only=True),
+    Phase(900, 0.04, 2e-3, 0.5, 0.5, ((0.7, 8, 5, 32), (0.85, 8, 9, 32), (1.0, 2, 17, 64)), anywhere=True),
+    Phase(800, 0.025, 2e-3, 0.3, 0.75, ((0.85, 4, 9, 48), (1.0, 3, 17, 64)), anywhere=True),
+    Phase(450, 0.006, 6e-4, 0.4, 0.85, ((0.6, 4, 9, 64), (1.0, 3, 17, 64))),
 )
-"""From nothing on small cuts; finer on larger ones, the channels uncorrelated; then the decoder on whole clips."""
+"""From nothing on small cuts; then, with channels uncorrelated, finer on larger ones; then on the world's own paths."""
 POSTERIOR_STD = 0.03
 """Standard deviation of the shipped posterior, in units of a latent channel's own."""
 
@@ -89,21 +91,39 @@ def random_clip(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
     return np.clip(video, -1, 1)
 
 
-def world_clip(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+def world_clip(rng: np.random.Generator, frames: int, size: int, anywhere: bool) -> np.ndarray:
     """A random cut of a clip of the world, float [3, T, size, size] in [-1, 1]."""
     combos = world.all_combos()
-    clip = world.render(combos[rng.integers(len(combos))], int(rng.integers(2**31)))
+    combo = combos[rng.integers(len(combos))]
+    seed = int(rng.integers(2**31))
+    clip = world.render_motion(combo, motion_anywhere(combo, seed)) if anywhere else world.render(combo, seed)
     t = rng.integers(0, world.FRAMES - frames + 1)
     y, x = rng.integers(0, world.SIZE - size + 1, 2)
     cut = clip[t : t + frames, y : y + size, x : x + size]
     return np.ascontiguousarray(cut.transpose(3, 0, 1, 2)).astype(np.float32) / 127.5 - 1
 
 
+def motion_anywhere(combo: world.Combo, seed: int) -> world.Motion:
+    """A path in the combination's direction on any line near the middle, of any size and speed near the world's."""
+    rng = np.random.default_rng(seed)
+    radius, travel = rng.uniform(10.5, 12.5), rng.uniform(28, 33)
+    middle, across = 32 + rng.uniform(-1.5, 1.5), 32 + rng.uniform(-11, 11)
+    along = middle + travel * (np.arange(world.FRAMES) / (world.FRAMES - 1) - 0.5)
+    dx, dy = world.DIRECTIONS[combo.direction]
+    if dx + dy < 0:
+        along = world.SIZE - along
+    line = np.full(world.FRAMES, across)
+    return world.Motion(np.stack([along, line] if dx else [line, along], 1), radius)
+
+
 def make_batch(rng: np.random.Generator, phase: Phase, progress: float) -> torch.Tensor:
     """Clips of the world and random ones, [B, 3, T, H, W] in [-1, 1]."""
     count, frames, size = next(shape for until, *shape in phase.batches if progress < until)
     random_from = round(count * phase.world_share)
-    clips = [(world_clip if i < random_from else random_clip)(rng, frames, size) for i in range(count)]
+    clips = [
+        world_clip(rng, frames, size, phase.anywhere) if i < random_from else random_clip(rng, frames, size)
+        for i in range(count)
+    ]
     return torch.from_numpy(np.stack(clips))
 
 

@@ -53,12 +53,21 @@ def test_a_clip_is_seeded_and_its_shape_stays_in_view(combo: world.Combo) -> Non
     clip = world.render(combo, 3)
     assert clip.shape == (17, 64, 64, 3) and clip.dtype == np.uint8
     assert np.array_equal(clip, world.render(combo, 3))
-    assert not np.array_equal(clip, world.render(combo, 4))
+    assert len({world.render(combo, seed).tobytes() for seed in range(20)}) == 3
     background = np.array(world.BACKGROUNDS[combo.background])
     seen = np.abs(clip.astype(int) - background).max(-1) > 8
     assert seen.sum((1, 2)).min() > 0.9 * seen.sum((1, 2)).max()
     edge = seen[:, [0, -1]].sum() + seen[:, :, [0, -1]].sum()
-    assert edge == 0, "the shape touches the edge of the picture"
+    assert edge <= 6, "more of the shape than a triangle's tip touches the edge of the picture"
+
+
+def test_latent_frames_are_shifted_copies() -> None:
+    """Four frames on, a shape has moved by 8 pixels exactly."""
+    for combo in world.all_combos()[::31]:
+        clip = world.render(combo, 1)
+        dx, dy = world.DIRECTIONS[combo.direction]
+        moved = np.roll(clip[4], (8 * dy, 8 * dx), (0, 1))
+        assert np.array_equal(moved[8:-8, 8:-8], clip[8][8:-8, 8:-8])
 
 
 def test_every_motion_keeps_its_direction() -> None:
@@ -66,7 +75,7 @@ def test_every_motion_keeps_its_direction() -> None:
     for combo in world.all_combos():
         way = np.diff(world.draw_motion(combo, rng).centres, axis=0)
         step = np.array(world.DIRECTIONS[combo.direction])
-        assert (way @ step > 1.7).all() and np.abs(way @ step[::-1]).max() < 1e-9
+        assert (way @ step > 1.4).all() and np.abs(way @ step[::-1]).max() < 1e-9
 
 
 def test_a_dataset_holds_readable_clips_and_no_held_out_caption(tmp_path: Path) -> None:
