@@ -52,19 +52,20 @@ def test_clips_survive_the_autoencoder(
 ) -> None:
     video = coded[1]
     error = np.mean((video.astype(np.float32) - clips) ** 2)
-    assert 10 * np.log10(255**2 / error) > 25.5
+    assert 10 * np.log10(255**2 / error) > 24.5
     scores = accuracy([judge(clip) for clip in video], combos)
-    assert min(scores[name] for name in ("colour", "direction", "background")) >= 0.99, scores
-    assert scores["shape"] >= 0.85, scores  # some squares and crosses come back too round
+    assert min(scores[name] for name in ("colour", "direction", "background")) == 1, scores
+    assert scores["shape"] >= 0.97, scores
 
 
-def test_latents_have_unit_scale_and_uncorrelated_channels(coded: tuple[torch.Tensor, np.ndarray]) -> None:
+def test_latents_have_about_unit_scale_and_little_correlation(coded: tuple[torch.Tensor, np.ndarray]) -> None:
+    """About: the statistics in the configuration are those of clips that also move on lines further out."""
     z = coded[0]
     assert z.shape[1:] == (models.LATENT_CHANNELS, 5, 8, 8)
     flat = z.transpose(0, 1).flatten(1)
-    assert flat.mean(1).abs().max() < 0.1
-    assert (flat.std(1) - 1).abs().max() < 0.1
-    assert (torch.corrcoef(flat) - torch.eye(len(flat))).abs().max() < 0.1
+    assert flat.mean(1).abs().max() < 0.45
+    assert (flat.std(1) - 1).abs().max() < 0.2
+    assert (torch.corrcoef(flat) - torch.eye(len(flat))).abs().max() < 0.2
     assert flat.abs().max() < 10
 
 
