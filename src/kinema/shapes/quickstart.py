@@ -175,7 +175,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Train a small video model from nothing, sample and judge it.")
     parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="run directory")
-    parser.add_argument("--clips", type=int, default=1440, help="training clips to render")
+    parser.add_argument("--clips", type=int, default=960, help="training clips to render")
     parser.add_argument("--samples", type=int, default=2, help="samples of each held-out prompt")
     options, rest = parser.parse_known_args()
     run_quickstart(options.dir, options.clips, options.samples, parse_overrides(rest))
