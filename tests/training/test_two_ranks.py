@@ -3,43 +3,28 @@
 import pytest
 from runs import final_state, finish, make_world, metrics, start_training, write_config
 
-STEPS = 6
 
-
-def gone_on_alone(root, run):
-    """The whole state of a run's newest checkpoint, read and written by one process that goes on for one step."""
-    run.rename(root / "run")
-    finish(start_training(write_config(root, STEPS + 1)))
-    state = final_state(root / "run")
-    (root / "run").rename(run)
-    return state
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A world, the metrics of a run by one process, and its state a step later."""
-    root = tmp_path_factory.mktemp("ranks")
-    make_world(root)
-    finish(start_training(write_config(root, STEPS)))
-    rows = metrics(root / "run")
-    (root / "run").rename(root / "one")
-    return root, rows, gone_on_alone(root, root / "one")
-
-
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("parallel", ["", "\n[parallel]\ndp_shard = 2\n"], ids=["replicated", "sharded"])
-def test_two_ranks_are_one_process(one_process, parallel):
-    root, rows, state = one_process
-    finish(start_training(write_config(root, STEPS, extra=parallel), ranks=2))
-    ours = metrics(root / "run")
-    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
-    for a, b in zip(rows, ours, strict=True):
+def test_two_ranks_are_one_process(tmp_path, parallel):
+    make_world(tmp_path)
+    config = write_config(tmp_path, steps=6)
+    finish(start_training(config))
+    (tmp_path / "run").rename(tmp_path / "one")
+    finish(start_training(write_config(tmp_path, steps=6, extra=parallel), ranks=2))
+
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "run")
+    assert [row["step"] for row in two] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
         assert (b["examples"], b["lr"]) == (a["examples"], a["lr"])
-    (root / "run").rename(root / f"two{len(parallel)}")
-    two = gone_on_alone(root, root / f"two{len(parallel)}")
-    assert two.keys() == state.keys()
-    for name, value in state.items():
+    # The sharded state is read by going on with one process, which writes it whole.
+    finish(start_training(write_config(tmp_path, steps=7)))
+    (tmp_path / "run").rename(tmp_path / "two")
+    (tmp_path / "one").rename(tmp_path / "run")
+    finish(start_training(write_config(tmp_path, steps=7)))
+    ours, theirs = final_state(tmp_path / "two"), final_state(tmp_path / "run")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
         if name.startswith(("networks.", "ema.")):
-            assert two[name].norm().item() == pytest.approx(value.norm().item(), rel=1e-5, abs=1e-7), name
+            assert ours[name].norm().item() == pytest.approx(value.norm().item(), rel=1e-5, abs=1e-7), name
