@@ -7,7 +7,7 @@ encoder keeps its seeded random weights: every word gets its own direction, whic
 
     python scripts/make_shapes_codec.py [--out DIR]
 
-Seeds fix everything but the rounding of sums, which depends on the machine. Took 15 minutes on two CPU cores.
+Seeds fix everything but the rounding of sums, which depends on the machine.
 """
 
 from __future__ import annotations
