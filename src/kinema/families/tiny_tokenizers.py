@@ -13,7 +13,7 @@ from typing import Any
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'()-"
 _WORDS = "a the red blue green ball box moves left right over under and"
-_SENTENCES = (_WORDS, f" {_WORDS}", " user system assistant")
+_SENTENCES = (_WORDS, f" {_WORDS}", "system\nuser\nassistant\n")
 _LEARNT = 4096  # more pieces than any template needs: learning ends when every word is one token
 
 CLIP_LENGTH = 77
@@ -201,12 +201,13 @@ def _learn(
     if plain.normalizer is not None:
         learner.normalizer = plain.normalizer
     learner.pre_tokenizer = plain.pre_tokenizer
+    ends: dict[str, Any] = {"end_of_word_suffix": end_of_word} if end_of_word else {}
     trainer = BpeTrainer(
         vocab_size=_LEARNT,
         min_frequency=1,
         show_progress=False,
         initial_alphabet=list(alphabet) or _byte_symbols(),
-        **({"end_of_word_suffix": end_of_word} if end_of_word else {}),
+        **ends,
     )
     learner.train_from_iterator(texts, trainer)
     return [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
