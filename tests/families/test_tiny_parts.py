@@ -258,6 +258,8 @@ def test_qwen_processor(layout: str, tmp_path: Path, picture: Image.Image) -> No
     if layout == "published":  # settings of pictures in a file of their own, naming classes that need torchvision
         content = json.loads((tmp_path / "processor_config.json").read_text())
         settings = {**content["image_processor"], "image_processor_type": "Qwen2VLImageProcessorFast"}
+        settings |= {"min_pixels": 3136, "max_pixels": 12845056, "processor_class": "Qwen2VLProcessor"}
+        settings |= dict.fromkeys(("crop_size", "device", "do_center_crop", "input_data_format", "return_tensors"))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         (tmp_path / "processor_config.json").unlink()
     loaded = load_qwen_processor(tmp_path)
@@ -268,6 +270,7 @@ def test_qwen_processor(layout: str, tmp_path: Path, picture: Image.Image) -> No
     # 90 x 120 pixels are 84 x 112 in multiples of 28: 6 x 8 patches of 14, four of which make one token.
     assert made[0]["image_grid_thw"].tolist() == [[1, 6, 8]]
     assert (made[0]["input_ids"] == processor.image_token_id).sum() == 12
+    assert dict(loaded.image_processor.size) == {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
     assert processor.image_token_id == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
 
@@ -337,6 +340,7 @@ def test_write_directory(tmp_path: Path) -> None:
     tiny.write_directory(tmp_path / "edit", pipeline)
     # Without torchvision the processor is what diffusers cannot load by itself.
     own = load_qwen_processor(tmp_path / "edit" / "processor")
+    assert (tmp_path / "edit" / "processor" / "preprocessor_config.json").is_file()
     loaded = QwenImageEditPipeline.from_pretrained(tmp_path / "edit", processor=own)
     embeds = [p.encode_prompt("a red ball", image=Image.new("RGB", (56, 56)))[0] for p in (pipeline, loaded)]
     assert torch.equal(*embeds)

@@ -39,7 +39,7 @@ def _image_settings(place: Path) -> dict[str, Any]:
         if (place / name).is_file():
             settings = read_json(place / name)
             settings = settings.get("image_processor", settings)
-            return {key: value for key, value in settings.items() if key not in _NOT_SETTINGS}
+            return {key: value for key, value in settings.items() if value is not None and key not in _NOT_SETTINGS}
     raise UserError(
         f"{place} holds no preprocessor_config.json: it is no processor of Qwen2.5-VL. Give the folder `processor` of "
         "the model, or a directory of Qwen2.5-VL itself."

@@ -290,5 +290,13 @@ def write_directory(directory: Path, pipeline: Any) -> Path:
     for part, entry in content.items():
         if isinstance(entry, list) and str(entry[1]).endswith("ImageProcessorPil"):
             content[part] = [entry[0], entry[1].removesuffix("Pil")]
-    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(index, content)
+    # Published processors keep the settings for pictures in a file of their own; transformers 5 does not.
+    for file in Path(directory).glob("*/processor_config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        _write_json(file.with_name("preprocessor_config.json"), settings["image_processor"])
     return Path(directory)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
