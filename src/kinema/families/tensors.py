@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+NETWORK_INSIDE = ("model.diffusion_model.", "diffusion_model.")
+"""What the network's names begin with in files that hold a whole model."""
 _FP8_SCALES = (".scale_weight", ".weight_scale")
 _FP8_EXTRAS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
 
@@ -68,22 +70,36 @@ def _plain_first(files: Iterable[Path]) -> list[Path]:
     return sorted(files, key=lambda file: (file.name.count("."), ".bf16." not in file.name, file.name))
 
 
-def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+def read_tensors(files: Sequence[Path], inside: Sequence[str] = NETWORK_INSIDE) -> dict[str, Tensor]:
     """All tensors of these files, memory-mapped: nothing is read before it is used.
 
     Files other than safetensors are read with ``weights_only``: code in them is never run. Wrappers
-    (``{"state_dict": ...}``) are opened, and the prefix of ComfyUI's full-model files is taken off.
+    (``{"state_dict": ...}``) are opened. Of a file that holds a whole model, only the tensors are taken whose names
+    begin with one of ``inside``, and that beginning is taken off.
     """
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
-    return _without_prefix(state)
+    return _below(_all_tensors(files), inside or NETWORK_INSIDE)
 
 
 def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Names and shapes, as `read_tensors` names them; of safetensors the header alone is read, without torch."""
+    return _below(_all_shapes(files), NETWORK_INSIDE)
+
+
+def is_inside(file: Path, inside: Sequence[str]) -> bool:
+    """Whether this file holds tensors whose names begin with one of these."""
+    return any(name.startswith(tuple(inside)) for name in _all_shapes([file])) if inside else False
+
+
+def _all_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
+    return state
+
+
+def _all_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     if any(file.suffix != ".safetensors" for file in files):
-        return {name: tuple(value.shape) for name, value in read_tensors(files).items()}
+        return {name: tuple(value.shape) for name, value in _all_tensors(files).items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -92,11 +108,12 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
             raise UserError(f"{file} has no safetensors header ({type(error).__name__}). {_advice(file)}") from None
-    return _without_prefix(shapes)
+    return shapes
 
 
-def _without_prefix(state: dict[str, T]) -> dict[str, T]:
-    for prefix in ("model.diffusion_model.", "diffusion_model."):
+def _below(state: dict[str, T], prefixes: Sequence[str]) -> dict[str, T]:
+    """What lies below the first of these prefixes that there is, without it; all where there is none."""
+    for prefix in prefixes:
         if any(name.startswith(prefix) for name in state):
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return state
