@@ -10,7 +10,7 @@ import torch
 from kinema.families.base import NoisePath
 from kinema.families.prediction import SMALLEST_DIVISOR, convert, native_target
 
-KINDS = ("velocity", "negative_velocity", "x0", "eps")
+KINDS = ("velocity", "negative_velocity", "x0", "eps", "vp_velocity")
 
 
 def case(t: torch.Tensor, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -20,6 +20,8 @@ def case(t: torch.Tensor, dtype: torch.dtype = torch.float64) -> dict[str, torch
     at = t.double().view(-1, 1, 1, 1, 1) if t.ndim == 1 else t.double()
     truth = {"x_t": (1 - at) * x_0 + at * eps, "x0": x_0, "eps": eps, "velocity": eps - x_0}
     truth["negative_velocity"] = x_0 - eps
+    n = (at**2 + (1 - at) ** 2).sqrt()
+    truth["vp_velocity"] = ((1 - at) * eps - at * x_0) / n
     return {name: value.to(dtype) for name, value in truth.items()}
 
 
@@ -44,8 +46,8 @@ def test_native_target_recovers_the_data(native: str) -> None:
     """A network that is always right gives back x_0, whatever it predicts, at all times where that is defined."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     truth = case(t)
-    target = native_target(NoisePath(native), truth["x0"], truth["eps"])
-    assert torch.equal(target, truth[native])
+    target = native_target(NoisePath(native), truth["x0"], truth["eps"], t)
+    torch.testing.assert_close(target, truth[native], rtol=0, atol=1e-14 if native == "vp_velocity" else 0.0)
     x_0 = convert(target, native, "x0", truth["x_t"], t)
     defined = t < 1 if native == "eps" else t <= 1
     torch.testing.assert_close(x_0[defined], truth["x0"][defined], rtol=0, atol=1e-11)

@@ -129,7 +129,7 @@ def shipped(i2v: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in i2v.iterdir():
         if part.is_dir() and part.name != "tokenizer":
             shutil.copytree(part, target / part.name, ignore=shutil.ignore_patterns("*.safetensors"))
-    monkeypatch.setattr("kinema.families.wan.CONFIGS", tmp_path / "shipped")
+    monkeypatch.setattr("kinema.families.standard.CONFIGS", tmp_path / "shipped")
 
 
 SINGLE = {"variant": "i2v-14b-480p"}

@@ -12,15 +12,16 @@ import torch
 from kinema.config.schema import Config, ModelConfig
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family
-from kinema.families.loading import CONFIGS, build, with_config
+from kinema.families.loading import build
 from kinema.families.registry import open_family
 from kinema.families.wan import Wan
-from kinema.families.wan_parts import PARTS
 
 
 def full_size(variant: str, part: str) -> torch.nn.Module:
     """The part at its published size, from the shipped configuration, on the meta device."""
-    source = with_config(PARTS[part], None, None, CONFIGS / "wan" / variant, variant)
+    family = open_family(ModelConfig(family="wan", variant=variant))
+    assert isinstance(family, Wan)
+    source = family.source(part)
     return build(source.spec, source.config, empty=True)
 
 
@@ -112,7 +113,7 @@ def test_blocks_are_the_order_of_execution(variant: str, request: pytest.Fixture
     with torch.no_grad():
         network(torch.zeros(1, channels, 1, 4, 4), torch.tensor([1.0]), torch.zeros(1, 512, 32), **extra)
     assert len(ran) == 3 and all(a is b for a, b in zip(ran, blocks, strict=True))
-    assert family.trainables({"network": network, "autoencoder": None}) == {"network": network}
+    assert family.trained_parts() == family.trainable_parts() == ("network",)
 
 
 @pytest.mark.parametrize("variant", ["t2v-1.3b", "i2v-14b-480p"])

@@ -152,7 +152,7 @@ def test_path_time_and_normalisation(variant: str, euler: bool, request: pytest.
     sample = encode(family, parts, PROMPT, clip())
     x_0 = family.prepare(batch_of(sample)).latents
     eps = noise()
-    target = native_target(family.path, x_0, eps)
+    target = native_target(family.path, x_0, eps, torch.tensor([0.5]))
     calls, decoded, pipeline = run_pipeline(directory, eps, euler=euler, answer=lambda **_: target, guidance=1.0)
 
     sigmas = pipeline.scheduler.sigmas

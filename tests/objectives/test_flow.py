@@ -9,7 +9,8 @@ from kinema.config.schema import ObjectiveConfig
 from kinema.data.batch import Batch
 from kinema.families.base import NoisePath, Prepared
 from kinema.objectives.base import Draws
-from kinema.objectives.flow import flow_matching, pointwise_error
+from kinema.objectives.flow import FlowMatching, loss_weight, pointwise_error
+from kinema.objectives.time import TimeLaw
 from kinema.randomness import generator
 
 SHAPE = (4, 3, 2, 2)  # C, T, H, W
@@ -23,6 +24,10 @@ class Known:
     given: torch.Tensor | None = None
     path: NoisePath = field(default_factory=NoisePath)
     asked: list = field(default_factory=list)
+    time_range: tuple[float, float] = (0.0, 1.0)
+
+    def at(self, t):
+        return self
 
     def prepare(self, batch):
         self.x_0 = torch.stack(batch.tensors["latents"])
@@ -34,6 +39,11 @@ class Known:
     def predict(self, x_t, t, conditioning):
         self.asked.append((x_t, t))
         return self.answer(x_t, t, self.x_0)
+
+
+def flow_matching(config, default_shift):
+    shift = config.shift or default_shift
+    return FlowMatching(config, TimeLaw(config.time or "logit_normal", 1.0, shift, config.t_min, config.t_max))
 
 
 def a_batch(count=6, weights=None):
@@ -120,3 +130,42 @@ def test_other_native_predictions():
     student = Known(lambda x_t, t, x_0: -truth(x_t, t, x_0), path=path)
     loss = flow_matching(ObjectiveConfig(), 3.0)(a_batch(), {"student": student}, Draws(1, 2))
     assert loss.total.item() < 1e-10
+
+
+def test_weights_agree_in_x0():
+    """min-SNR weighs the same error in x_0 alike, whatever the network predicts."""
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    snr = ((1 - t) / t) ** 2
+    n = (t**2 + (1 - t) ** 2).sqrt()
+    # |error of the prediction|^2 for a unit error in x_0 at a fixed x_t
+    squared = {"x0": 1, "eps": snr, "velocity": 1 / t**2, "negative_velocity": 1 / t**2, "vp_velocity": (n / t) ** 2}
+    for native, unit in squared.items():
+        torch.testing.assert_close(loss_weight("min_snr", t, native, 5.0) * unit, snr.clamp(max=5.0))
+        assert torch.equal(loss_weight("none", t, native, 5.0), torch.ones_like(t))
+        torch.testing.assert_close(loss_weight("debiased", t, native, 5.0), snr.clamp(max=1000) ** -0.5)
+    sigma = t / (1 - t)
+    edm = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    torch.testing.assert_close(loss_weight("edm", t, "x0", 5.0), edm)
+
+
+def test_an_expert_takes_the_whole_step():
+    """One expert a step, drawn as often as its times come up; its times are then drawn from its range alone."""
+    low = Known(nothing, time_range=(0.0, 0.7))
+    high = Known(nothing, time_range=(0.7, 1.0))
+
+    class Team(Known):
+        def at(self, t):
+            chosen = high if t > 0.7 else low
+            chosen.x_0 = self.x_0
+            return chosen
+
+    objective = FlowMatching(ObjectiveConfig(), TimeLaw("uniform"))
+    for step in range(400):
+        objective(a_batch(2), {"student": Team(nothing)}, Draws(1, step))
+    assert len(high.asked) + len(low.asked) == 400
+    assert abs(len(high.asked) / 400 - 0.3) < 0.07  # three standard deviations
+    times = torch.cat([t for _, t in high.asked])
+    assert times.min() >= 0.7 and abs(float(times.mean()) - 0.85) < 0.02
+    assert torch.cat([t for _, t in low.asked]).max() <= 0.7
+    objective.at_quantile(a_batch(2), {"student": Team(nothing)}, Draws(1, "evaluation"), 0.8)
+    assert torch.equal(high.asked[-1][1], torch.full((2,), 0.8, dtype=torch.float64))

@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy import stats
 
-from kinema.objectives.time import TimeLaw, resolution_shift, shifted
+from kinema.families.base import ResolutionShift
+from kinema.objectives.time import TimeLaw, shifted
 
 U = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
 
@@ -33,8 +34,19 @@ def test_shift_maps_the_middle_and_keeps_the_ends():
 
 
 def test_resolution_shift_has_fluxs_ends():
-    assert resolution_shift(256) == pytest.approx(np.exp(0.5))
-    assert resolution_shift(4096) == pytest.approx(np.exp(1.15))
-    assert TimeLaw("uniform", 1.0, "resolution").quantile(torch.tensor(0.5), 4096).item() == pytest.approx(
+    assert ResolutionShift()(256) == pytest.approx(np.exp(0.5))
+    assert ResolutionShift()(4096) == pytest.approx(np.exp(1.15))
+    assert TimeLaw("uniform", 1.0, ResolutionShift()).quantile(torch.tensor(0.5), 4096).item() == pytest.approx(
         np.exp(1.15) / (1 + np.exp(1.15))
     )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_range_conditions_a_native_law(shift):
+    """A family's own law, given by its quantile function alone (here t = u^2), restricted and shifted."""
+    full = TimeLaw("native", shift=shift, native=torch.square)
+    part = TimeLaw("native", shift=shift, native=torch.square).within(0.3, 0.9)
+    many = full.quantile((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000, 1)
+    inside = many[(many >= 0.3) & (many <= 0.9)]
+    for q in (0.1, 0.5, 0.9):
+        assert part.quantile(torch.tensor(q), 1).item() == pytest.approx(inside.quantile(q).item(), abs=2e-5)

@@ -116,7 +116,7 @@ def make_config(base: Path, root: Path, **tables: Any) -> Config:
 
 def make_run(config: Config) -> tuple[Any, Any]:
     """A run directory with a checkpoint at step 2, and weights at step 2: (network, its averages swapped in)."""
-    from kinema.adapters.lora import add_adapter
+    from kinema.adapters.inject import add_adapter
     from kinema.optim.ema import Ema
     from kinema.training.checkpoint import Checkpointer
     from kinema.training.state import named_trainables, training_state
@@ -144,7 +144,7 @@ def merged(network: Any) -> dict[str, torch.Tensor]:
     """The network's weights with its adapter folded in."""
     import copy
 
-    from kinema.adapters.lora import merge_adapter
+    from kinema.adapters.inject import merge_adapter
 
     network = copy.deepcopy(network)
     merge_adapter(network)
@@ -199,7 +199,7 @@ def test_a_run_is_sampled_from_its_newest_weights(base: Path, tmp_path: Path, ad
             for parameter in ema.averages.values():
                 parameter.mul_(1.1)
         with ema.swapped():
-            export_weights(run / "exports", step, open_family(config.model), network, config, ALONE)
+            export_weights(run / "exports", step, open_family(config.model), {"network": network}, config, ALONE)
             return merged(network)
 
     export(1)
@@ -222,7 +222,7 @@ def test_a_run_is_sampled_from_its_newest_weights(base: Path, tmp_path: Path, ad
 def test_adapters_are_merged_with_their_scales(base: Path, tmp_path: Path) -> None:
     config = make_config(base, tmp_path, adapter={"rank": 4, "alpha": 8.0})
     network, _ = make_run(config)
-    folder = export_weights(tmp_path / "exports", 5, open_family(config.model), network, config, ALONE)
+    folder = export_weights(tmp_path / "exports", 5, open_family(config.model), {"network": network}, config, ALONE)
     plain, full = sampled_network(model=str(base)), merged(network)
     for file in (folder / "diffusers", *sorted((folder / "comfyui").iterdir())):
         half = sampled_network(model=str(base), adapters=(f"{file}:0.5",))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kinema.adapters.lora import adaptable_modules, adapter_state, add_adapter, attach_adapter
+from kinema.adapters.inject import adapter_state, add_adapter
 from kinema.config.load import load_config
 from kinema.config.schema import Config
 from kinema.errors import UserError
@@ -70,7 +70,9 @@ def same(one, two):
 
 
 def write(config, network, step=1000):
-    return export_weights(config.run.dir / "exports", step, open_family(config.model), network, config, ALONE)
+    return export_weights(
+        config.run.dir / "exports", step, open_family(config.model), {"network": network}, config, ALONE
+    )
 
 
 def test_a_whole_network_is_read_back_by_diffusers_and_by_us(tmp_path, base):
@@ -90,7 +92,7 @@ def test_a_whole_network_is_read_back_by_diffusers_and_by_us(tmp_path, base):
     theirs = WanTransformer3DModel.from_single_file(single, config=str(base), subfolder="transformer")
     assert same(theirs, network)
     found = read_export(path)
-    assert found is not None and found.adapter is None and found.step == 1000
+    assert found is not None and not found.adapters and found.step == 1000
     assert same(load(found.model), network)
     ours = config.model.model_copy(update={"network": config.model.network.model_copy(update={"path": str(single)})})
     assert same(load(ours), network)
@@ -135,7 +137,8 @@ def test_random_weights_are_not_asked_for_again(tmp_path, base):
 def test_an_adapter_is_read_back_by_diffusers_and_by_us(tmp_path, base, alpha):
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    from kinema.adapters.files import read_adapter
+    from kinema.adapters.files import fold_file, read_adapter
+    from kinema.adapters.targets import adaptable_modules
 
     config = make_config(base, tmp_path, adapter={"rank": 4, "alpha": alpha})
     network = trained(config)
@@ -147,10 +150,11 @@ def test_an_adapter_is_read_back_by_diffusers_and_by_us(tmp_path, base, alpha):
         pipe.load_lora_weights(source)
         torch.testing.assert_close(run(pipe.transformer), expected, rtol=1e-5, atol=1e-6)
     found = read_export(path)
-    for file in (found.adapter, path, path / "diffusers", path / "comfyui"):
+    for file in (found.adapters["network"], path, path / "diffusers", path / "comfyui"):
         ours = load(found.model)
-        adapter = read_adapter(file, open_family(found.model), adaptable_modules(ours))
-        attach_adapter(ours, adapter)
+        family = open_family(found.model)
+        adapter = read_adapter(file, family, {"network": adaptable_modules(ours)})
+        fold_file(file, family, {"network": ours})
         torch.testing.assert_close(run(ours), expected, rtol=1e-5, atol=1e-6)
     assert adapter.metadata["kinema.step"] == "1000"
     assert adapter.metadata["kinema.base_model"] == "tiny"
@@ -162,7 +166,7 @@ def test_dtype_and_layouts_are_those_asked_for(tmp_path, base):
     network.register_buffer("counter", torch.tensor([3]))
     family = open_family(config.model)
     family.to_original = dict
-    path = export_weights(tmp_path / "exports", 1, family, network, config, ALONE)
+    path = export_weights(tmp_path / "exports", 1, family, {"network": network}, config, ALONE)
     assert sorted(file.name for file in path.iterdir()) == ["comfyui", "config.toml", "kinema.json"]
     tensors = load_file(path / "comfyui" / "some-run-step1.safetensors")
     kinds = {name.removeprefix("model.diffusion_model."): value.dtype for name, value in tensors.items()}
@@ -252,7 +256,7 @@ def sharded_export(rank, port, base, root):
     for config in configs:
         network, family = trained(config), open_family(config.model)
         shard(network, family.blocks(network), world)
-        export_weights(config.run.dir / "exports", 1, family, network, config, world)
+        export_weights(config.run.dir / "exports", 1, family, {"network": network}, config, world)
     world.barrier()
     stop()
 

@@ -54,7 +54,7 @@ def expected(config: Config, network: Any, index: int) -> torch.Tensor:
 
 
 def test_a_preview_is_the_sampler_s_and_leaves_no_trace(base: Path, tmp_path: Path) -> None:
-    from kinema.adapters.lora import add_adapter
+    from kinema.adapters.inject import add_adapter
     from kinema.config.schema import AdapterConfig
 
     config = make_config(base, tmp_path, frames=1)
@@ -73,7 +73,7 @@ def test_a_preview_is_the_sampler_s_and_leaves_no_trace(base: Path, tmp_path: Pa
     generators = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index]
 
     previewer = Previewer(config, family, ALONE)
-    paths = previewer.preview(120, network)
+    paths = previewer.preview(120, {"network": network})
 
     assert random.getstate() == generators[0]
     assert np.array_equal(np.random.get_state()[1], generators[1])  # type: ignore[index]
@@ -102,7 +102,7 @@ def test_a_preview_is_the_sampler_s_and_leaves_no_trace(base: Path, tmp_path: Pa
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(1.5)
-    later = previewer.preview(240, network)
+    later = previewer.preview(240, {"network": network})
     assert later[0].read_bytes() != paths[0].read_bytes()
     want = to_uint8(expected(config, network, 0))[0].astype(int)
     assert np.abs(np.asarray(Image.open(later[0])).astype(int) - want).max() <= 1
@@ -117,10 +117,10 @@ def test_text_is_encoded_once_and_its_encoder_let_go(base: Path, tmp_path: Path,
     previewer = Previewer(config, family, ALONE)
     assert loaded == []
     network = own("network", "cpu", torch.float32)
-    first = previewer.preview(0, network)
+    first = previewer.preview(0, {"network": network})
     assert sorted(loaded) == sorted(part for part in family.variant.parts if part != "network")
     assert "text_encoder" not in previewer.parts
-    again = previewer.preview(1, network)
+    again = previewer.preview(1, {"network": network})
     assert len(loaded) == len(family.variant.parts) - 1
     from PIL import Image
 
@@ -134,7 +134,7 @@ def test_the_network_computes_in_the_precision_of_the_training(base: Path, tmp_p
     network = family.load("network", "cpu", torch.float32)
     seen: set[torch.dtype] = set()
     network.blocks[0].attn1.to_q.register_forward_hook(lambda _m, _i, output: seen.add(output.dtype))
-    (path,) = Previewer(config, family, ALONE).preview(0, network)
+    (path,) = Previewer(config, family, ALONE).preview(0, {"network": network})
     assert seen == {torch.bfloat16}
     assert path.suffix == ".mp4"
     assert next(network.parameters()).dtype == torch.float32
@@ -147,9 +147,9 @@ def test_other_ranks_write_nothing(base: Path, tmp_path: Path) -> None:
     ran: list[int] = []
     network.register_forward_hook(lambda *_: ran.append(1))
     replica = replace(ALONE, rank=1, size=2, dp_rank=1, dp_size=2, dp_replicate=2)
-    assert Previewer(config, family, replica).preview(0, network) == [] and not ran
+    assert Previewer(config, family, replica).preview(0, {"network": network}) == [] and not ran
     part = replace(ALONE, rank=1, size=2, dp_rank=1, dp_size=2, dp_shard=2)
-    assert Previewer(config, family, part).preview(0, network) == [] and len(ran) == 4
+    assert Previewer(config, family, part).preview(0, {"network": network}) == [] and len(ran) == 4
     assert not (tmp_path / "run").exists()
 
 
@@ -160,7 +160,7 @@ def test_previews_that_cannot_be_made_are_refused(base: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"preview\.frames 4.*nearest: 1 or 5"):
         Previewer(make_config(base, tmp_path, frames=4), family, ALONE)
     config = make_config(base, tmp_path, height=40, prompts=[])
-    assert Previewer(config, family, ALONE).preview(0, torch.nn.Identity()) == []
+    assert Previewer(config, family, ALONE).preview(0, {"network": torch.nn.Identity()}) == []
 
 
 SHARDED = """
@@ -177,7 +177,7 @@ world = start(config.parallel)
 family = open_family(config.model)
 network = family.load("network", "cpu", torch.float32).requires_grad_(True)
 shard(network, family.blocks(network), world)
-paths = Previewer(config, family, world).preview(7, network)
+paths = Previewer(config, family, world).preview(7, {"network": network})
 assert bool(paths) == world.is_main
 world.barrier()
 stop()

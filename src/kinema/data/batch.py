@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Encoding:
     """One thing that a family's encoders make of a record, and what its result depends on.
 
-    ``reads`` says what of the record goes in: "media" (the pixels of the clip), "caption", or "both".
+    ``reads`` says what of the record goes in: "media" (the pixels of the clip), "caption", or "both". With
+    ``controls``, the record's control pictures go in too (for "caption", they alone of all pixels).
     ``parts`` are the model parts that must be loaded, ``settings`` whatever else changes the result
     (text length, transform); both are part of the cache key.
     """
@@ -23,14 +24,17 @@ class Encoding:
     reads: Literal["media", "caption", "both"]
     parts: tuple[str, ...]
     settings: str = ""
+    controls: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What an encoder gets: pixels uint8 [C, T, H, W] (None for encodings that read the caption alone)."""
+    """What an encoder gets: pixels uint8 [C, T, H, W] (None for encodings that read the caption alone), and the
+    record's control pictures, each uint8 [C, 1, h, w] (empty for encodings that do not read them)."""
 
     caption: str
     pixels: torch.Tensor | None = None
+    controls: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from kinema.config.schema import Config, ModelConfig, PartConfig
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.dtypes import torch_dtype
+from kinema.families.layout import Layout
 
 if TYPE_CHECKING:
     import torch
@@ -33,32 +34,77 @@ class SamplingDefaults:
     guidance: float = 5.0
 
 
+Condition = Literal["text", "first_frame", "last_frame", "controls"]
+"""What a variant is told besides x_t and t: text, frames of the video itself, control pictures to edit from."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One published model of a family. Its full configuration ships in ``families/configs/<family>/<name>/``."""
+    """One published model of a family. Its configuration ships in ``families/configs/<family>/<name>/``."""
 
     name: str
     modality: Literal["image", "video"]
     parameters: int
-    """Parameters of the network."""
+    """Parameters of the network (of one, where there are two experts)."""
     parts: tuple[str, ...]
-    """Names of the parts it has, as its diffusers directory names them."""
+    """Names of the parts it has: keys of the family's table of parts."""
     hub: str
-    """Where the community keeps it, for messages and ``kinema init``."""
+    """Where the community keeps it, for messages, ``kinema download`` and ``kinema init``."""
     sampling: SamplingDefaults = SamplingDefaults()
     """What its authors sample with."""
+    pipeline: str = ""
+    """Its pipeline class in diffusers."""
+    conditions: tuple[Condition, ...] = ("text",)
+    grid: int = 16
+    """Height and width of a bucket are multiples of this (autoencoder compression times patch)."""
+    frame_stride: int = 4
+    """Clip lengths are ``frame_stride * k + 1``."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns that make one token."""
+    shift: float | Literal["resolution"] = 1.0
+    """The time shift of its training; "resolution" follows the family's `ResolutionShift`."""
+    revision: str | None = None
+    """Commit of ``hub`` that ``kinema download`` fetches; None is the newest."""
+    gated: bool = False
+    """Whether the hub asks for consent to its terms."""
+
+
+Native = Literal["velocity", "negative_velocity", "x0", "eps", "vp_velocity"]
 
 
 @dataclass(frozen=True)
 class NoisePath:
-    """How data and noise are mixed: on the flow path x_t = (1 - t) x_0 + t eps, and what the network predicts there.
+    """What the network predicts natively, and the times at which it can.
 
-    ``native``: "velocity" (eps - x_0), "negative_velocity" (x_0 - eps), "x0" or "eps".
+    Objectives mix on the flow path, x_t = (1 - t) x_0 + t eps, whatever path a network was trained on: the
+    variance-preserving and the EDM path are the same mixtures up to a factor, x_vp = x_t / sqrt((1 - t)^2 + t^2) and
+    x_edm = x_t / (1 - t), with the noise level sigma = t / (1 - t). ``Family.predict`` applies the factor and turns t
+    into the network's own time.
+
+    ``native``: "velocity" (eps - x_0), "negative_velocity" (x_0 - eps), "x0", "eps", or "vp_velocity"
+    (a eps - s x_0 with (a, s) = (1 - t, t) / sqrt((1 - t)^2 + t^2); Salimans and Ho 2022).
     """
 
-    native: Literal["velocity", "negative_velocity", "x0", "eps"] = "velocity"
+    native: Native = "velocity"
     t_min: float = 0.0
     t_max: float = 1.0
+
+
+@dataclass(frozen=True)
+class ResolutionShift:
+    """A shift exp(mu) with mu linear in the number of tokens, through (tokens_low, mu_low), (tokens_high, mu_high).
+
+    The defaults are Flux's (``calculate_shift`` of its published sampler).
+    """
+
+    tokens_low: int = 256
+    mu_low: float = 0.5
+    tokens_high: int = 4096
+    mu_high: float = 1.15
+
+    def __call__(self, tokens: int) -> float:
+        slope = (self.mu_high - self.mu_low) / (self.tokens_high - self.tokens_low)
+        return math.exp(self.mu_low + slope * (tokens - self.tokens_low))
 
 
 @dataclass
@@ -78,20 +124,17 @@ class Prepared:
 class Family(ABC):
     """One kind of model. An instance is bound to a model configuration; making one loads no weights.
 
-    The trainer, the cache and the sampler know this class alone.
+    The trainer, the cache and the sampler know this class alone. `kinema.families.standard.StandardFamily` does what
+    is the same for every family whose models are laid out as a diffusers pipeline.
     """
 
     name: ClassVar[str]
     variants: ClassVar[Mapping[str, Variant]]
-    pipelines: ClassVar[tuple[str, ...]] = ()
-    """Names of the pipeline classes (``_class_name`` of ``model_index.json``) whose directories hold its models."""
-    path: ClassVar[NoisePath] = NoisePath()
-    grid: int
-    """Height and width of a bucket are multiples of this (autoencoder compression times patch)."""
-    frame_stride: int
-    """Clip lengths are ``frame_stride * k + 1``."""
-    patch: tuple[int, int, int] = (1, 2, 2)
-    """Latent frames, rows and columns that make one token."""
+    resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
+    default_time: ClassVar[Literal["uniform", "logit_normal", "native"]] = "logit_normal"
+    """The time law of training when the configuration names none; "native" is `native_time`."""
+    default_weighting: ClassVar[Literal["none", "min_snr", "debiased", "edm"]] = "none"
+    """The loss weight when the configuration names none."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config = config
@@ -104,18 +147,40 @@ class Family(ABC):
         """The variant of this configuration, read from ``config.variant`` or from the files at ``config.path``."""
 
     @property
+    def path(self) -> NoisePath:
+        """What the network predicts, and its range of times."""
+        return NoisePath()
+
+    @property
+    def grid(self) -> int:
+        """Height and width of a bucket are multiples of this."""
+        return self.variant.grid
+
+    @property
+    def frame_stride(self) -> int:
+        """Clip lengths are ``frame_stride * k + 1``."""
+        return self.variant.frame_stride
+
+    @property
     def from_image(self) -> bool:
         """Whether the variant makes videos from a picture, its first frame."""
-        return False
+        return "first_frame" in self.variant.conditions
 
     @property
     def text_length(self) -> int | None:
         """Tokens of text that the network sees; None is the pipeline's own default."""
         return self.config.text_length
 
+    # -- parts -----------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         """Load one part (eval mode, no gradients) from wherever the configuration says; UserError if it cannot be."""
+
+    def empty(self, part: str) -> nn.Module:
+        """A part's model on the meta device, for its names and shapes: no weights are looked for. UserError where its
+        configuration neither ships with kinema nor lies at the model's path."""
+        raise NotImplementedError(f"{self.name} cannot make an empty {part}")
 
     def part_dtype(self, part: str, compute: torch.dtype) -> torch.dtype:
         """The type in which a part that does not train is loaded, for encoding, previews and samples alike.
@@ -132,6 +197,8 @@ class Family(ABC):
     def fingerprint(self, parts: Sequence[str]) -> str:
         """Identity of the weights and settings of these parts, for cache keys; does not load them."""
 
+    # -- data ------------------------------------------------------------------------------------------------------
+
     @abstractmethod
     def encodings(self) -> tuple[Encoding, ...]:
         """What has to be encoded (or read from the cache) for training."""
@@ -141,49 +208,86 @@ class Family(ABC):
         """Run the encoders: named CPU tensors per sample. ``X`` with ``X_std`` beside it is a posterior."""
 
     @abstractmethod
-    def prepare(self, batch: Batch) -> Prepared:
-        """Stack a batch (already on the device, posteriors already drawn into ``latents``)."""
+    def prepare(self, batch: Batch, networks: Mapping[str, nn.Module] | None = None) -> Prepared:
+        """Stack a batch (already on the device, posteriors already drawn into ``latents``).
+
+        ``networks``: what trains, by part name, for families whose text encoders train and so run in every step.
+        """
+
+    # -- the network -----------------------------------------------------------------------------------------------
 
     def tokens(self, latents: Tensor) -> int:
         """Length of the sequence that the network makes of one sample of these latents [B, C, T, H, W]."""
-        return math.prod(size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
+        return math.prod(size // patch for size, patch in zip(latents.shape[2:], self.variant.patch, strict=True))
 
     @abstractmethod
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        """The network's native prediction. ``t`` in [0, 1], [B] or per latent position [B, 1, T, H, W]."""
+        """The network's native prediction [B, C, T, H, W]. ``t`` in [0, 1], [B] or per latent position
+        [B, 1, T, H, W]."""
 
-    @abstractmethod
-    def trainables(self, parts: Parts) -> dict[str, nn.Module]:
-        """The networks that training may change, by part name."""
+    def trainable_parts(self) -> tuple[str, ...]:
+        """Parts that may train: its networks, and text encoders where the family trains them."""
+        return tuple(part for part in self.variant.parts if part.startswith("network"))
+
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts that this configuration trains: those of ``model.train``, by default the networks."""
+        if self.config.train is not None:
+            return tuple(dict.fromkeys(self.config.train))
+        return tuple(part for part in self.trainable_parts() if part.startswith("network"))
+
+    def time_range(self, part: str) -> tuple[float, float]:
+        """The times at which this network works: a part of the range, where experts share it."""
+        return self.path.t_min, self.path.t_max
+
+    def native_time(self, u: Tensor) -> Tensor:
+        """Quantile function of the family's own law of t (float64, monotone), for the time law "native"."""
+        return self.path.t_min + (self.path.t_max - self.path.t_min) * u
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
         """The network's repeated blocks, lists named, in the order in which they run."""
 
     @abstractmethod
-    def adapter_targets(self) -> tuple[str, ...]:
+    def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Regular expressions (full match) of the module names that an adapter changes by default."""
 
-    @abstractmethod
-    def default_shift(self) -> float:
+    def default_shift(self) -> float | Literal["resolution"]:
         """The time shift of training when the configuration names none."""
+        return self.variant.shift
 
     @abstractmethod
     def validate(self, config: Config) -> None:
         """Raise UserError for what only this family can know to be wrong, before anything is loaded."""
 
+    # -- other tools -----------------------------------------------------------------------------------------------
+
     @abstractmethod
     def pipeline(self, parts: Parts) -> Any:
         """The diffusers pipeline over these parts."""
 
-    @abstractmethod
-    def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Network weights, or adapter weights (``*.lora_A.weight``...), from diffusers names to the original
-        layout's, without the ``diffusion_model.`` prefix."""
+    def layout(self, part: str = "network") -> Layout:
+        """The original layout of a part's weights."""
+        raise NotImplementedError(f"{self.name} has no original layout of {part}")
 
     @abstractmethod
-    def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def folder(self, part: str) -> str:
+        """A part's name in a diffusers directory and pipeline: ``transformer``, ``unet``, ``text_encoder``..."""
+
+    def expert(self, part: str) -> str:
+        """What tells the files of one expert from those of the other; empty where there is one network."""
+        return "" if "network_2" not in self.variant.parts else part.replace("network", "expert")
+
+    def to_original(self, state: Mapping[str, Tensor], part: str = "network") -> dict[str, Tensor]:
+        """A part's whole weights from diffusers names to the original layout's."""
+        return self.layout(part).to_original(state)
+
+    def from_original(self, state: Mapping[str, Tensor], part: str = "network") -> dict[str, Tensor]:
         """The inverse of ``to_original``."""
+        return self.layout(part).from_original(state)
+
+    def kohya_prefix(self, part: str) -> str:
+        """What Kohya's tools put before the names of this part's layers."""
+        return "lora_unet" if part.startswith("network") else part.replace("text_encoder", "lora_te")
 
     @classmethod
     @abstractmethod

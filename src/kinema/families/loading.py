@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import ModelConfig, PartConfig
 from kinema.errors import UserError
-from kinema.families.tensors import SUFFIXES, looks_like, read_tensors, undo_fp8_scaling, weight_files
+from kinema.families.tensors import (
+    SUFFIXES,
+    is_inside,
+    looks_like,
+    read_tensors,
+    undo_fp8_scaling,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +51,14 @@ class PartSpec:
     """The part near which this one lies when it has no path of its own."""
     to_ours: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     """Tensor names of any known layout to those of ``model``."""
+    inside: tuple[str, ...] = ()
+    """What its tensors' names begin with in a file that holds a whole model."""
+    load: Callable[[Source], Any] | None = None
+    """How a part without weights is loaded, where its name does not say it."""
+    shipped: str = ""
+    """Its configuration under ``configs/common``, where several families share it."""
+    hub: str = ""
+    """A repository that has it, for messages, where the variant's has not."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ def find(config: ModelConfig, part: str, spec: PartSpec, *, weights: bool = True
         return None
     root, hub = _open(config.path, config.revision, spec, "model.path", weights)
     if root.is_file():
-        return Found("model.path", root, (root,)) if part == "network" else None
+        return Found("model.path", root, (root,)) if part == "network" or is_inside(root, spec.inside) else None
     return _in_root(root, spec, "model.path", hub, weights)
 
 
@@ -195,13 +210,15 @@ class Source:
     """Which model the part should belong to, for messages."""
 
 
-def with_config(spec: PartSpec, found: Found | None, config: Path | None, shipped: Path, model_name: str) -> Source:
+def with_config(
+    spec: PartSpec, found: Found | None, config: Path | None, shipped: Path | None, model_name: str
+) -> Source:
     """Add the configuration: the file ``config`` if it describes this class, else the one shipped for the variant.
 
     Releases in the original layout have a ``config.json`` too, of another class: it is passed over. UserError:
     JSON that is broken, or no configuration at all.
     """
-    for path in (config, shipped / spec.folder / spec.config_file):
+    for path in (config, shipped):
         if path is None or not path.is_file():
             continue
         content = read_json(path)
@@ -210,7 +227,7 @@ def with_config(spec: PartSpec, found: Found | None, config: Path | None, shippe
             return Source(spec, found, content, path, model_name)
     if spec.model:
         raise UserError(f"There is no {spec.config_file} for the {spec.what}; give a diffusers directory.")
-    return Source(spec, found, {}, shipped, model_name)
+    return Source(spec, found, {}, shipped or CONFIGS, model_name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -257,7 +274,7 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
 
     assert source.found is not None
     module = build(source.spec, source.config, empty=True)
-    in_files = read_tensors(source.found.files)
+    in_files = read_tensors(source.found.files, source.spec.inside)
     tensors = source.spec.to_ours(undo_fp8_scaling(in_files, dtype or torch.bfloat16))
     tied = _tied(module)
     wanted = {key: value for key, value in module.state_dict().items() if key not in tied}
@@ -279,9 +296,8 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
 
 
 def _tied(module: nn.Module) -> set[str]:
-    """Names of parameters that are another one's alias (transformers' ``{alias: source}``)."""
-    keys = getattr(module, "_tied_weights_keys", None)
-    return set(keys) if isinstance(keys, Mapping) else set()
+    """Names of parameters that are another one's alias, where the configuration ties them (transformers' models)."""
+    return set(getattr(module, "all_tied_weights_keys", None) or ())
 
 
 def kept_in_float32(module: nn.Module, dtype: torch.dtype | None) -> set[str]:

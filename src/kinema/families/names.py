@@ -19,9 +19,9 @@ class NameMap:
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         pairs = sorted(pairs, key=lambda pair: -len(pair[0]))
-        self._to = [(_pattern(ours), theirs) for ours, theirs in pairs]
+        self._to = [(path_pattern(ours), theirs) for ours, theirs in pairs]
         pairs.sort(key=lambda pair: -len(pair[1]))
-        self._from = [(_pattern(theirs), ours) for ours, theirs in pairs]
+        self._from = [(path_pattern(theirs), ours) for ours, theirs in pairs]
 
     def rename(self, name: str) -> str | None:
         """The name in the second layout; None if the table does not know it."""
@@ -44,7 +44,8 @@ class NameMap:
         return {self.restore(name) or name: value for name, value in state.items()}
 
 
-def _pattern(path: str) -> re.Pattern[str]:
+def path_pattern(path: str) -> re.Pattern[str]:
+    """Everything at or below a path; groups are its indices and the rest."""
     return re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"(\..*)?", re.DOTALL)
 
 

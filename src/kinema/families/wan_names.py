@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kinema.families.layout import Layout
 from kinema.families.names import NameMap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NETWORK = NameMap(
+NETWORK = Layout(
     [
         ("patch_embedding", "patch_embedding"),
         ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
@@ -87,13 +88,6 @@ _IMAGE_ENCODER = NameMap(
 )
 """transformers' CLIPVisionModel, its three projections as one, against
 ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``."""
-
-
-def autoencoder_from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of ``Wan2.1_VAE.pth`` (ComfyUI's file has the same), or diffusers' own, to diffusers'."""
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    return convert_wan_vae_to_diffusers(state) if "encoder.conv1.weight" in state else state
 
 
 def text_encoder_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.loading import PartSpec
+from kinema.families.parts import WAN_VAE
 from kinema.families.wan_names import (
     NETWORK,
-    autoencoder_from_original,
     image_encoder_from_original,
     text_encoder_from_original,
 )
@@ -20,11 +20,9 @@ PARTS = {
         "transformer",
         "diffusers:WanTransformer3DModel",
         ("diffusion_pytorch_model*.safetensors",),
-        to_ours=NETWORK.restore_all,
+        to_ours=NETWORK.from_original,
     ),
-    "autoencoder": PartSpec(
-        "autoencoder", "vae", "diffusers:AutoencoderKLWan", ("Wan2.1_VAE.*",), to_ours=autoencoder_from_original
-    ),
+    "autoencoder": WAN_VAE,
     "text_encoder": PartSpec(
         "text encoder (UMT5)",
         "text_encoder",
@@ -59,17 +57,35 @@ LARGE = SamplingDefaults(height=720, width=1280, frames=81, fps=16.0, steps=50, 
 
 
 def _variant(
-    name: str, parameters: int, parts: tuple[str, ...], hub: str, sampling: SamplingDefaults = SMALL
+    name: str,
+    parameters: int,
+    hub: str,
+    *,
+    from_image: bool = False,
+    sampling: SamplingDefaults = SMALL,
+    shift: float,
 ) -> Variant:
-    return Variant(name, "video", parameters, parts, f"Wan-AI/Wan2.1-{hub}-Diffusers", sampling)
+    return Variant(
+        name,
+        "video",
+        parameters,
+        _I2V if from_image else _T2V,
+        f"Wan-AI/Wan2.1-{hub}-Diffusers",
+        sampling,
+        pipeline="WanImageToVideoPipeline" if from_image else "WanPipeline",
+        conditions=("text", "first_frame") if from_image else ("text",),
+        shift=shift,
+    )
 
 
 VARIANTS = {
     variant.name: variant
     for variant in (
-        _variant("t2v-1.3b", 1_418_996_800, _T2V, "T2V-1.3B"),
-        _variant("t2v-14b", 14_288_491_584, _T2V, "T2V-14B"),
-        _variant("i2v-14b-480p", 16_394_878_784, _I2V, "I2V-14B-480P"),
-        _variant("i2v-14b-720p", 16_394_878_784, _I2V, "I2V-14B-720P", LARGE),
+        # The shift is the authors' for sampling (3 at 480p, 5 at 720p and for the large text-to-video model), so that
+        # training spends its steps on the times that sampling visits.
+        _variant("t2v-1.3b", 1_418_996_800, "T2V-1.3B", shift=3.0),
+        _variant("t2v-14b", 14_288_491_584, "T2V-14B", shift=5.0),
+        _variant("i2v-14b-480p", 16_394_878_784, "I2V-14B-480P", from_image=True, shift=3.0),
+        _variant("i2v-14b-720p", 16_394_878_784, "I2V-14B-720P", from_image=True, sampling=LARGE, shift=5.0),
     )
 }

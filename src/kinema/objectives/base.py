@@ -28,6 +28,13 @@ class Denoiser(Protocol):
     def tokens(self, latents: Tensor) -> int:
         """Length of the sequence that the network makes of one sample of these latents [B, C, T, H, W]."""
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The times at which it works."""
+
+    def at(self, t: float) -> Denoiser:
+        """The network that works at this time: itself, but for a team of experts."""
+
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """The native prediction."""
 
@@ -48,6 +55,12 @@ class Draws:
             for index in batch.indices
         ]
         return torch.stack(rows).to(like)
+
+    def shared(self, purpose: str) -> Tensor:
+        """One uniform number in [0, 1) for the whole step, float64: the same for all samples, on all ranks."""
+        import torch
+
+        return torch.rand((), generator=generator(self.seed, self.step, purpose), dtype=torch.float64)
 
     def uniform(self, batch: Batch, device: torch.device, purpose: str) -> Tensor:
         """Uniform numbers in [0, 1), [B], in float64 so that none of them rounds to 1."""

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 
 from kinema.config.schema import ObjectiveConfig
 from kinema.data.batch import Batch
+from kinema.families.base import Family, Native
 from kinema.families.prediction import native_target
 from kinema.objectives.base import Denoiser, Draws, Loss
 from kinema.objectives.time import TimeLaw
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SIGMA_DATA = 0.5
+"""Standard deviation of the data in EDM's weight."""
 
 
 def pointwise_error(prediction: Tensor, target: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -37,12 +42,38 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
+def loss_weight(kind: str, t: Tensor, native: Native, gamma: float) -> Tensor:
+    """The weight of each sample's loss at times t [B], with SNR = ((1 - t) / t)^2.
+
+    - "min_snr" (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma) / SNR for eps, / (SNR + 1) for the
+      variance-preserving velocity, and min(SNR, gamma) itself for x_0; all three weigh the same error in x_0 alike.
+      A flow velocity is (x_t - x_0) / t, so there it is min(SNR, gamma) t^2.
+    - "debiased" (Yu et al. 2023, arXiv 2310.08442): 1 / sqrt(SNR) with SNR at most 1000.
+    - "edm" (Karras et al. 2022, arXiv 2206.00364, table 1): 1 / c_out^2 = (sigma^2 + sd^2) / (sigma sd)^2 with
+      sd = 0.5, for networks that predict x_0.
+    """
+    t = t.double().clamp(1e-4, 1 - 1e-4)
+    snr = ((1 - t) / t).square()
+    if kind == "min_snr":
+        of_x0 = snr.clamp(max=gamma)
+        in_x0 = {"x0": 1.0, "eps": 1 / snr, "vp_velocity": 1 / (snr + 1)}.get(native, t.square())
+        return of_x0 * in_x0
+    if kind == "debiased":
+        return snr.clamp(max=1000).rsqrt()
+    if kind == "edm":
+        variance = SIGMA_DATA**2
+        return (1 / snr + variance) * snr / variance
+    assert kind == "none", kind
+    return t.new_ones(t.shape)
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """E over t, eps of the error between the native prediction at x_t and its true value."""
 
     config: ObjectiveConfig
     law: TimeLaw
+    weighting: str = "none"
     roles: tuple[str, ...] = ("student",)
 
     def __call__(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws) -> Loss:
@@ -54,25 +85,44 @@ class FlowMatching:
     def _loss(self, batch: Batch, student: Denoiser, draws: Draws, quantile: float | None) -> Loss:
         prepared = student.prepare(batch)
         x_0 = prepared.latents
+        tokens = student.tokens(x_0)
+        law = self.law.within(*student.time_range)
         eps = draws.normal(batch, x_0, "noise")
         u = draws.uniform(batch, x_0.device, "time")
-        if quantile is not None:
+        if quantile is None:
+            # Experts share the range of times: one of them takes the whole step, as often as its times come up.
+            student = student.at(float(law.quantile(draws.shared("expert"), tokens)))
+            law = law.within(*student.time_range)
+        else:
             u = u.new_full(u.shape, quantile)
-        t = self.law.quantile(u, student.tokens(x_0)).to(x_0.dtype)
+            student = student.at(float(law.quantile(u[0], tokens)))
+        t = law.quantile(u, tokens).to(x_0.dtype)
 
         t_at = t.view(-1, 1, 1, 1, 1)
         if prepared.given is not None:
             t_at = t_at * (1 - prepared.given)  # what is given is clean
         x_t = (1 - t_at) * x_0 + t_at * eps
         prediction = student.predict(x_t, t if prepared.given is None else t_at, prepared.conditioning)
-        target = native_target(student.path, x_0, eps)
+        target = native_target(student.path, x_0, eps, t)
         kept = None if prepared.given is None else 1 - prepared.given
         per_sample = masked_mean(pointwise_error(prediction, target, self.config), kept)
+        per_sample = per_sample * loss_weight(self.weighting, t, student.path.native, self.config.min_snr_gamma).to(
+            per_sample
+        )
         weights = per_sample.new_tensor(batch.weights)
         return Loss((per_sample * weights).sum(), per_sample.detach(), {})
 
 
-def flow_matching(config: ObjectiveConfig, default_shift: float) -> FlowMatching:
-    """The objective of a configuration; a shift that it leaves open is the family's."""
-    shift = default_shift if config.shift is None else config.shift
-    return FlowMatching(config, TimeLaw(config.time, config.time_scale, shift, config.t_min, config.t_max))
+def flow_matching(config: ObjectiveConfig, family: Family) -> FlowMatching:
+    """The objective of a configuration; the shift, the time law and the weight that it leaves open are the family's."""
+    shift = family.default_shift() if config.shift is None else config.shift
+    time_range = family.path.t_min, family.path.t_max
+    law = TimeLaw(
+        distribution=config.time or family.default_time,
+        scale=config.time_scale,
+        shift=family.resolution_shift if shift == "resolution" else shift,
+        t_min=config.t_min,
+        t_max=config.t_max,
+        native=family.native_time,
+    )
+    return FlowMatching(config, law.within(*time_range), config.weighting or family.default_weighting)

@@ -6,8 +6,11 @@ A draw is Q(u) with u uniform, so evaluation at fixed quantiles and training sha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
+
+from kinema.families.base import ResolutionShift
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,37 +22,47 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def resolution_shift(tokens: int) -> float:
-    """The shift for a sequence of this many tokens: exp(mu), mu linear from 0.5 at 256 tokens to 1.15 at 4096
-    (Flux's schedule)."""
-    slope = (1.15 - 0.5) / (4096 - 256)
-    return math.exp(0.5 + slope * (tokens - 256))
+def uniform_time(u: Tensor) -> Tensor:
+    """Quantile function of the uniform law."""
+    return u
 
 
 @dataclass(frozen=True)
 class TimeLaw:
-    """Uniform or logit-normal t, shifted, restricted to [t_min, t_max] by conditioning on that range."""
+    """A law of t, shifted, restricted to [t_min, t_max] by conditioning on that range.
 
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    ``distribution``: uniform; logit-normal, with ``scale`` the standard deviation of the logit; or "native", the
+    family's own law, by its quantile function ``native``.
+    """
+
+    distribution: Literal["uniform", "logit_normal", "native"] = "uniform"
     scale: float = 1.0
-    shift: float | Literal["resolution"] = 1.0
+    shift: float | ResolutionShift = 1.0
     t_min: float = 0.0
     t_max: float = 1.0
+    native: Callable[[Tensor], Tensor] = uniform_time
+
+    def within(self, t_min: float, t_max: float) -> TimeLaw:
+        """This law conditioned on [t_min, t_max] too."""
+        return replace(self, t_min=max(self.t_min, t_min), t_max=min(self.t_max, t_max))
 
     def shift_for(self, tokens: int) -> float:
         """The shift for samples of this many tokens."""
-        return resolution_shift(tokens) if self.shift == "resolution" else self.shift
+        return self.shift(tokens) if isinstance(self.shift, ResolutionShift) else self.shift
 
     def quantile(self, u: Tensor, tokens: int) -> Tensor:
         """Q(u) for u in [0, 1], float64: the inverse of the law's distribution function."""
         shift = self.shift_for(tokens)
         low, high = (self._cumulative(bound, shift) for bound in (self.t_min, self.t_max))
         u = low + (high - low) * u.double()
-        if self.distribution == "logit_normal":
-            import torch
+        return shifted(self._unshifted(u), shift).clamp(self.t_min, self.t_max)
 
-            u = torch.special.expit(self.scale * torch.special.ndtri(u))
-        return shifted(u, shift).clamp(self.t_min, self.t_max)
+    def _unshifted(self, u: Tensor) -> Tensor:
+        import torch
+
+        if self.distribution == "native":
+            return self.native(u)
+        return torch.special.expit(self.scale * torch.special.ndtri(u)) if self.distribution == "logit_normal" else u
 
     def _cumulative(self, t: float, shift: float) -> float:
         if t in (0.0, 1.0):
@@ -57,4 +70,17 @@ class TimeLaw:
         t = t / (shift + (1 - shift) * t)  # the inverse shift
         if self.distribution == "uniform":
             return t
-        return 0.5 * math.erfc(-math.log(t / (1 - t)) / (self.scale * math.sqrt(2)))
+        if self.distribution == "logit_normal":
+            return 0.5 * math.erfc(-math.log(t / (1 - t)) / (self.scale * math.sqrt(2)))
+        return self._bisected(t)
+
+    def _bisected(self, t: float) -> float:
+        """The u at which the family's quantile function passes t."""
+        import torch
+
+        low, high = 0.0, 1.0
+        for _ in range(52):
+            middle = (low + high) / 2
+            below = float(self.native(torch.tensor(middle, dtype=torch.float64))) < t
+            low, high = (middle, high) if below else (low, middle)
+        return high

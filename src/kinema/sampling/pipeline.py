@@ -81,8 +81,8 @@ def sample_many(
     """Samples in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
-    `BATCH_PIXELS` allows). The network must be on ``device``; text encoders are moved there for their turn, the
-    other parts for the length of the sampling, and all of them back to where they were. ``texts``: embeddings from
+    `BATCH_PIXELS` allows). Text encoders are moved to ``device`` for their turn, the other parts for the length of the
+    sampling, and all of them back to where they were. ``texts``: embeddings from
     before; the pipeline then needs no text encoder for the texts that they hold.
     """
     groups = _groups(settings, batch)
@@ -226,9 +226,8 @@ def _text_encoders(pipeline: Any) -> list[nn.Module]:
 
 
 def _other_parts(pipeline: Any) -> list[nn.Module]:
-    """All but text encoders and networks: the autoencoder, picture encoders."""
-    away = ("text_encoder", "transformer", "unet")
-    return [part for name, part in _modules(pipeline) if not name.startswith(away)]
+    """All but text encoders: the networks, the autoencoder, picture encoders."""
+    return [part for name, part in _modules(pipeline) if not name.startswith("text_encoder")]
 
 
 def _modules(pipeline: Any) -> list[tuple[str, nn.Module]]:

@@ -40,7 +40,9 @@ class Weights:
     ema: bool = True
     """Take a checkpoint's averaged weights where it has them."""
     adapters: tuple[tuple[Path, float], ...] = ()
-    """Files and the factors that they are merged with."""
+    """Files and the factors that they are folded in with."""
+    trained: tuple[tuple[str, Path], ...] = ()
+    """Adapter files of an export, by the part that each belongs to."""
 
 
 def find_weights(
@@ -122,7 +124,7 @@ def _family_of(model: str, path: Path) -> str:
         )
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     for family in family_names():
-        if name in family_class(family).pipelines:
+        if name in {variant.pipeline for variant in family_class(family).variants.values()}:
             return family
     raise UserError(
         f"--model {model} is for {name}, which no family of kinema samples with. `kinema models` lists them."
@@ -154,9 +156,9 @@ def _of_export(path: Path) -> Weights | None:
     if place is None or export is None:
         return None
     config = load_config(place / "config.toml")
-    adapters = () if export.adapter is None else ((export.adapter, 1.0),)
+    trained = tuple(export.adapters.items())
     label = f"{config.run.dir.name} at step {export.step}"
-    return Weights(open_family(_free(export.model), config.run.seed), label, config, adapters=adapters)
+    return Weights(open_family(_free(export.model), config.run.seed), label, config, trained=trained)
 
 
 def _of_run(run: Path, ema: bool) -> Weights:
@@ -214,36 +216,30 @@ def load_parts(weights: Weights, device: torch.device | str, dtype: torch.dtype)
     family = weights.family
     parts: Parts = {}
     for part in family.variant.parts:
-        if part != "network":
-            parts[part] = family.load(part, "cpu", family.part_dtype(part, dtype))
-    parts["network"] = _network(weights, device, dtype)
+        is_network = part.startswith("network")
+        place = device if part == "network" else "cpu"
+        parts[part] = family.load(part, place, dtype if is_network else family.part_dtype(part, dtype))
+    trained: Mapping[str, nn.Module] = {}
+    if weights.checkpoint is not None and weights.config is not None:
+        trained = {part: parts[part] for part in family.trained_parts()}
+        _lay_over(weights, trained, weights.checkpoint)
+    from kinema.adapters.files import fold_file
+
+    for path in dict.fromkeys(path for _, path in weights.trained):
+        fold_file(path, family, {part: parts[part] for part, one in weights.trained if one == path})
+    for path, factor in weights.adapters:
+        fold_file(path, family, {part: parts[part] for part in family.trainable_parts()}, factor)
+    for network in trained.values():
+        network.eval().requires_grad_(False)
     return parts
 
 
-def _network(weights: Weights, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    family = weights.family
-    network: nn.Module = family.load("network", device, dtype)
-    if weights.checkpoint is not None:
-        _lay_over(weights, network, weights.checkpoint)
-    for path, factor in weights.adapters:
-        _merge(family, network, path, factor)
-    return network.eval().requires_grad_(False)
-
-
-def _merge(family: Family, network: nn.Module, path: Path, factor: float) -> None:
-    from kinema.adapters.files import read_adapter
-    from kinema.adapters.lora import adaptable_modules, attach_adapter, merge_adapter
-
-    adapter = read_adapter(path, family, adaptable_modules(network))
-    attach_adapter(network, replace(adapter, alpha=adapter.alpha * factor))
-    merge_adapter(network)
-
-
-def _lay_over(weights: Weights, network: nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's trained weights on the network: all of it, or an adapter, which is then merged."""
+def _lay_over(weights: Weights, networks: Mapping[str, nn.Module], checkpoint: Path) -> None:
+    """Put a checkpoint's trained weights on the networks: all of them, or adapters, which are then merged."""
     import torch
 
-    from kinema.adapters.lora import add_adapter, merge_adapter
+    from kinema.adapters.inject import add_planned, merge_adapter
+    from kinema.adapters.targets import adaptable_modules, plan_layers
     from kinema.parallel.mesh import World
     from kinema.training.checkpoint import contents, load
     from kinema.training.state import named_trainables
@@ -251,13 +247,16 @@ def _lay_over(weights: Weights, network: nn.Module, checkpoint: Path) -> None:
     config, family = weights.config, weights.family
     assert config is not None
     if config.adapter is not None:
-        add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
+        modules = {part: adaptable_modules(network) for part, network in networks.items()}
+        defaults = {part: family.adapter_targets(part) for part in networks}
+        for part, plan in plan_layers(modules, config.adapter, defaults).items():
+            add_planned(networks[part], config.adapter, plan, config.run.seed)
     else:
-        network.requires_grad_(True)
-    ((name, trained),) = family.trainables({"network": network}).items()
+        for network in networks.values():
+            network.requires_grad_(True)
     stored = contents(checkpoint)
     group = "ema" if weights.ema and any(key.startswith("ema.") for key in stored) else "networks"
-    parameters = named_trainables({name: trained})
+    parameters = named_trainables(networks)
     world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
     for keys in _pieces({key: value.numel() for key, value in parameters.items()}):
         tensors = {
@@ -271,7 +270,8 @@ def _lay_over(weights: Weights, network: nn.Module, checkpoint: Path) -> None:
             for key, value in tensors.items():
                 parameters[key].copy_(value)
     if config.adapter is not None:
-        merge_adapter(network)
+        for network in networks.values():
+            merge_adapter(network)
 
 
 def _pieces(sizes: Mapping[str, int]) -> Iterator[list[str]]:

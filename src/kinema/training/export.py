@@ -3,6 +3,7 @@
 An export is a directory ``step-00001000`` in the run's ``exports``:
 
 - ``diffusers/``: ``pytorch_lora_weights.safetensors`` of an adapter, ``transformer/`` of a whole network;
+- ``kohya/<run>-step1000.safetensors``, ``peft/``: an adapter in those layouts, where they are asked for;
 - ``comfyui/<run>-step1000.safetensors``: an adapter under ComfyUI's names, or a whole network as one file,
   original
   names under ``model.diffusion_model.``, the prefix that ComfyUI and diffusers' single-file loader know;
@@ -16,11 +17,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinema.adapters.files import DIFFUSERS_FILE, file_metadata, save_comfyui, save_diffusers
+from kinema.adapters.write import DIFFUSERS_FILE, by_file, file_metadata, save_adapter
 from kinema.config.schema import Config, ModelConfig
 from kinema.config.write import to_toml
 from kinema.dtypes import torch_dtype
@@ -46,11 +47,16 @@ class Export:
 
     step: int
     model: ModelConfig
-    adapter: Path | None
+    adapters: dict[str, Path]
+    """By the part that each belongs to; empty for whole weights."""
 
 
-def export_weights(root: Path, step: int, family: Family, network: nn.Module, config: Config, world: World) -> Path:
+def export_weights(
+    root: Path, step: int, family: Family, networks: Mapping[str, nn.Module], config: Config, world: World
+) -> Path:
     """Write ``root/step-...`` under a temporary name and make it visible by one rename; older ones rotate.
+
+    ``networks`` are what trains, by part name.
 
     Every rank calls this (sharded weights are gathered, a tensor at a time); the main rank writes. Adapter or
     whole network as ``config.adapter`` says; layouts, dtype and rotation as ``config.export``. Inside
@@ -61,18 +67,19 @@ def export_weights(root: Path, step: int, family: Family, network: nn.Module, co
 
     target = root / f"{_STEP}{step:08d}"
     is_adapter = config.adapter is not None
-    state = _gathered(network, is_adapter, torch_dtype(config.export.dtype), keep=world.is_main)
+    dtype = torch_dtype(config.export.dtype)
+    states = {part: _gathered(one, is_adapter, dtype, keep=world.is_main) for part, one in networks.items()}
     problem = None
     if world.is_main:
         partial = root / f"{_WRITING}{target.name}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            job = _Writing(partial, step, family, config)
+            job = _Writing(partial, step, family, config, tuple(networks))
             if is_adapter:
-                _write_adapter(job, state)
-            else:
-                _write_network(job, state, network)
+                _write_adapters(job, states, networks)
+            for part, state in states.items() if not is_adapter else ():
+                _write_network(job, part, state, networks[part])
             _write_description(job)
             _publish(partial, target)
             _rotate(root, config.export.keep)
@@ -104,17 +111,17 @@ def read_export(path: Path) -> Export | None:
         path = found[-1]
     facts = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
     model = facts["model"]
-    if facts["network"] is not None:
-        model["network"] = {**model.get("network", {}), "path": str(path / facts["network"])}
-    adapter = None if facts["adapter"] is None else path / facts["adapter"]
-    return Export(facts["step"], ModelConfig.model_validate(model), adapter)
+    for part, place in facts["weights"].items():
+        model[part] = {**model.get(part, {}), "path": str(path / place)}
+    adapters = {part: path / place for part, place in facts["adapters"].items()}
+    return Export(facts["step"], ModelConfig.model_validate(model), adapters)
 
 
 def _gathered(network: nn.Module, is_adapter: bool, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """The weights on the CPU, whole, in ``dtype``, by their diffusers names; empty where they are not kept."""
     from torch.distributed.tensor import DTensor
 
-    from kinema.adapters.lora import adapter_state
+    from kinema.adapters.inject import adapter_state
 
     state: dict[str, Tensor] = {}
     for name, value in (adapter_state(network) if is_adapter else network.state_dict()).items():
@@ -133,29 +140,29 @@ class _Writing:
     step: int
     family: Family
     config: Config
+    parts: tuple[str, ...]
+    """What is exported."""
 
     @property
     def dtype(self) -> torch.dtype:
         return torch_dtype(self.config.export.dtype)
 
     @property
-    def network_folder(self) -> str:
-        """The network's name in a diffusers directory and pipeline."""
-        return "unet" if "unet" in self.family.variant.parts else "transformer"
-
-    @property
     def name(self) -> str:
         return self.config.run.dir.resolve().name
 
-    @property
-    def places(self) -> dict[str, str]:
-        """Where each layout puts the weights, relative to the export."""
-        whole = self.config.adapter is None
+    def places(self, part: str) -> dict[str, str]:
+        """Where each layout puts a part's weights, relative to the export."""
+        folder, ending = self.family.folder(part), self.family.expert(part)
+        ending = f"-{ending}" if ending else ""
+        of_adapter = DIFFUSERS_FILE.replace(".", f"{ending}.", 1)
         places = {
-            "diffusers": f"diffusers/{self.network_folder if whole else DIFFUSERS_FILE}",
-            "comfyui": f"comfyui/{self.name}-step{self.step}.safetensors",
+            "diffusers": f"diffusers/{folder if self.config.adapter is None else of_adapter}",
+            "comfyui": f"comfyui/{self.name}-step{self.step}{ending}.safetensors",
+            "kohya": f"kohya/{self.name}-step{self.step}{ending}.safetensors",
+            "peft": "peft" if len(self.parts) == 1 else f"peft/{part}",
         }
-        return {layout: places[layout] for layout in self.config.export.layouts}
+        return {layout: places[layout] for layout in self.config.layouts}
 
     def metadata(self) -> dict[str, str]:
         """Header of every weight file."""
@@ -164,40 +171,37 @@ class _Writing:
         return file_metadata(
             title=f"{self.name} step {self.step}",
             base_model=config.model.network.path or config.model.path or "random weights",
-            architecture=f"{self.family.name}/{variant}" + ("/lora" if config.adapter else ""),
+            architecture=f"{self.family.name}/{variant}" + (f"/{config.adapter.type}" if config.adapter else ""),
             config_hash=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
             step=self.step,
         )
 
 
-def _write_adapter(job: _Writing, state: Mapping[str, Tensor]) -> None:
-    config = job.config.adapter
-    assert config is not None
-    rank, alpha, metadata = config.rank, config.alpha or float(config.rank), job.metadata()
-    for layout, place in job.places.items():
-        file = job.directory / place
-        file.parent.mkdir()
-        if layout == "diffusers":
-            prefix = job.network_folder
-            save_diffusers(file, state, rank=rank, alpha=alpha, metadata=metadata, prefix=prefix, dtype=job.dtype)
-        else:
-            save_comfyui(file, state, rank=rank, alpha=alpha, names=job.family, metadata=metadata, dtype=job.dtype)
+def _write_adapters(job: _Writing, states: Mapping[str, dict[str, Tensor]], networks: Mapping[str, nn.Module]) -> None:
+    from kinema.adapters.inject import adapter_of
+
+    adapters = [replace(adapter_of(networks[part], part), state=state) for part, state in states.items()]
+    for layout in job.config.layouts:
+        for sharing in by_file(adapters, layout, job.family):
+            file = job.directory / job.places(sharing[0].part)[layout]
+            file.parent.mkdir(exist_ok=True)
+            save_adapter(file, layout, sharing, job.family, metadata=job.metadata(), dtype=job.dtype)
 
 
-def _write_network(job: _Writing, state: Mapping[str, Tensor], network: nn.Module) -> None:
+def _write_network(job: _Writing, part: str, state: Mapping[str, Tensor], network: nn.Module) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: value.contiguous() for name, value in state.items()}
     metadata = {"format": "pt", **job.metadata()}
-    for layout, place in job.places.items():
+    for layout, place in job.places(part).items():
         path = job.directory / place
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         if layout == "diffusers":
             path.mkdir()
             (path / "config.json").write_text(_network_config(network), encoding="utf-8")
             _write_shards(path, tensors, metadata)
         else:
-            original = job.family.to_original(tensors)
+            original = job.family.to_original(tensors, part)
             save_file({f"model.diffusion_model.{name}": v for name, v in original.items()}, path, metadata)
 
 
@@ -234,13 +238,14 @@ def _write_description(job: _Writing) -> None:
     from kinema import __version__
 
     (job.directory / "config.toml").write_text(to_toml(job.config), encoding="utf-8")
-    place = job.places.get("diffusers") or job.places["comfyui"]
+    order = ("diffusers", "peft", "comfyui", "kohya")
+    places = {part: next(job.places(part)[one] for one in order if one in job.config.layouts) for part in job.parts}
     is_adapter = job.config.adapter is not None
     facts = {
         "kinema": __version__,
         "step": job.step,
-        "adapter": place if is_adapter else None,
-        "network": None if is_adapter else place,
+        "adapters": places if is_adapter else {},
+        "weights": {} if is_adapter else places,
         "model": _absolute(job.config.model, job.family, network_is_here=not is_adapter),
     }
     (job.directory / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

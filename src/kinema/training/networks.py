@@ -4,57 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch
 from kinema.dtypes import torch_dtype
-from kinema.families.base import Family, NoisePath, Parts, Prepared
+from kinema.families.base import Family, NoisePath, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from kinema.adapters.preflight import Plans
+    from kinema.adapters.targets import LayerPlan
     from kinema.parallel.mesh import World
     from kinema.training.checkpoint import Checkpointer
 
 
 @dataclass(frozen=True)
 class FamilyDenoiser:
-    """A network behind its family's habits, as objectives use it."""
+    """The networks of a role, behind their family's habits, as objectives use them: one, or experts by part name."""
 
     family: Family
-    network: nn.Module
+    networks: Mapping[str, nn.Module]
+    part: str = "network"
+    """Which of them predicts, once it is chosen."""
 
     @property
     def path(self) -> NoisePath:
         return self.family.path
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(part for part in self.networks if part.startswith("network"))
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Before one expert is chosen, the times of all."""
+        parts = (self.part,) if self.part in self.networks else self.experts
+        ranges = [self.family.time_range(part) for part in parts]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    def at(self, t: float) -> FamilyDenoiser:
+        fitting = [part for part in self.experts if t <= self.family.time_range(part)[1]]
+        lowest = min(fitting or self.experts, key=lambda part: self.family.time_range(part)[1])
+        return replace(self, part=lowest)
+
     def prepare(self, batch: Batch) -> Prepared:
-        return self.family.prepare(batch)
+        return self.family.prepare(batch, self.networks)
 
     def tokens(self, latents: Tensor) -> int:
         return self.family.tokens(latents)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        return self.family.predict(self.network, x_t, t, conditioning)
+        return self.family.predict(self.networks[self.part], x_t, t, conditioning)
 
 
-def check_networks(config: Config, family: Family) -> None:
-    """UserError for weights that do not fit the network, targets that match nothing, or an adapter that cannot be
-    started from. Reads headers alone: nothing is loaded."""
-    from kinema.adapters.files import read_adapter
-    from kinema.adapters.lora import adaptable_modules, match_targets
+def check_networks(config: Config, family: Family) -> Plans:
+    """What each layer of each part gets of an adapter; {} without one. UserError for weights that do not fit the
+    network, targets that match nothing, layouts that cannot hold the adapter, or one that cannot be started from.
+    Reads headers alone: nothing is loaded."""
+    from kinema.adapters.preflight import check_adapter
+    from kinema.adapters.targets import adaptable_modules
 
     if config.model.random_weights and config.adapter is None:
-        return
-    network = family.load("network", "meta", None)
-    if config.adapter is not None:
-        modules = adaptable_modules(network)
-        match_targets(modules, config.adapter.targets or family.adapter_targets())
-        if config.adapter.init_from is not None:
-            read_adapter(config.adapter.init_from, family, modules)
+        return {}
+    networks = {part: family.load(part, "meta", None) for part in family.trained_parts()}
+    if config.adapter is None:
+        return {}
+    modules = {part: adaptable_modules(network) for part, network in networks.items()}
+    defaults = {part: family.adapter_targets(part) for part in networks}
+    return check_adapter(config.adapter, config.layouts, modules, defaults, family)
 
 
 def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.Module]:
@@ -67,35 +88,45 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     from kinema.memory.checkpointing import checkpoint_blocks
     from kinema.parallel.data import shard
 
-    stored = config.model.network.dtype or ("fp32" if config.adapter is None else config.training.precision)
+    networks: dict[str, nn.Module] = {}
+    plans = check_networks(config, family) if config.adapter is not None else {}
     place = world.device if world.dp_shard == 1 else "cpu"
-    parts: Parts = {"network": family.load("network", place, torch_dtype(stored))}
-    networks = family.trainables(parts)
-    for network in networks.values():
+    for part in family.trained_parts():
+        configured = getattr(config.model, part).dtype
+        stored = configured or ("fp32" if config.adapter is None else config.training.precision)
+        network: nn.Module = family.load(part, place, torch_dtype(stored))
         network.train()
         if config.adapter is None:
             network.requires_grad_(True)
         else:
-            _adapt(network, config, family)
+            _adapt(network, config, family, part, plans[part])
         if config.training.activation_checkpointing:
             checkpoint_blocks(family.blocks(network))
         shard(network, family.blocks(network), world)
+        networks[part] = network
     return networks
 
 
-def _adapt(network: nn.Module, config: Config, family: Family) -> None:
+def _adapt(network: nn.Module, config: Config, family: Family, part: str, plan: Mapping[str, LayerPlan]) -> None:
     from kinema.adapters.files import read_adapter
-    from kinema.adapters.lora import adaptable_modules, add_adapter, start_from
+    from kinema.adapters.inject import add_planned, start_from
+    from kinema.adapters.targets import adaptable_modules
 
     assert config.adapter is not None
-    add_adapter(network, config.adapter, family.adapter_targets(), config.run.seed)
+    add_planned(network, config.adapter, plan, config.run.seed)
     if config.adapter.init_from is not None:
-        adapter = read_adapter(config.adapter.init_from, family, adaptable_modules(network))
-        start_from(network, config.adapter, adapter)
+        modules = {
+            one: adaptable_modules(network if one == part else family.load(one, "meta", None))
+            for one in family.trained_parts()
+        }
+        adapters = read_adapter(config.adapter.init_from, family, modules).adapters
+        if part in adapters:
+            start_from(network, config.adapter, adapters[part])
 
 
 def block_matrices(networks: Mapping[str, nn.Module], family: Family) -> set[str]:
     """Canonical names of the trained 2-D weights inside the blocks."""
+    from kinema.optim.optimizers import is_vector
     from kinema.training.state import named_trainables
 
     inside = {
@@ -103,7 +134,7 @@ def block_matrices(networks: Mapping[str, nn.Module], family: Family) -> set[str
         for network in networks.values()
         for blocks in family.blocks(network).values()
         for parameter in blocks.parameters()
-        if parameter.ndim == 2
+        if parameter.ndim == 2 and not is_vector(parameter)
     }
     return {name for name, parameter in named_trainables(networks).items() if parameter in inside}
 

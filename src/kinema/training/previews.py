@@ -11,8 +11,8 @@ weights (FSDP2): every forward pass gathers parameters, so all ranks draw all pr
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,8 @@ class Previewer:
         """Whether this rank has to run the network."""
         return self.world.is_main or self.world.dp_shard > 1
 
-    def preview(self, step: int, network: nn.Module) -> list[Path]:
-        """Sample the configured prompts from ``network``, on the run's device, as it is (the caller swaps averages
+    def preview(self, step: int, networks: Mapping[str, nn.Module]) -> list[Path]:
+        """Sample the configured prompts from what trains, on the run's device, as it is (the caller swaps averages
         in). Writes ``previews/step-XXXXXXXX/NN-words.mp4`` (or png) and ``index.jsonl``; the main rank returns the
         paths, other ranks nothing."""
         if not self.takes_part or not self.settings:
@@ -58,8 +58,12 @@ class Previewer:
         names = [f"{i:02d}-{slug(one.prompt)}{suffix(one.frames)}" for i, one in enumerate(self.settings)]
         if self.world.is_main:
             prepare_index(folder, names)
-        with untouched_randomness(), evaluating([network]), self._computing(network):
-            pipeline = self._pipeline(network)
+        with ExitStack() as stack:
+            stack.enter_context(untouched_randomness())
+            stack.enter_context(evaluating(networks.values()))
+            for network in networks.values():
+                stack.enter_context(self._computing(network))
+            pipeline = self._pipeline(networks)
             samples = sample_many(pipeline, self.settings, self.world.device, texts=self.texts)
             for name, one, frames in zip(names, self.settings, samples, strict=True):
                 if self.world.is_main:
@@ -68,14 +72,14 @@ class Previewer:
                     add_to_index(folder, {"file": name, **entry})
         return [folder / name for name in names] if self.world.is_main else []
 
-    def _pipeline(self, network: nn.Module) -> Any:
-        """The family's pipeline over ``network``. The first time, the other parts are loaded and the text encoded."""
+    def _pipeline(self, networks: Mapping[str, nn.Module]) -> Any:
+        """The family's pipeline over ``networks``. The first time, the other parts are loaded and the text encoded."""
         first = self.texts is None
         if first:
             for part in self.family.variant.parts:
-                if part != "network":
+                if part not in networks:
                     self.parts[part] = self.family.load(part, "cpu", self.family.part_dtype(part, self._dtype))
-        pipeline = self.family.pipeline({**self.parts, "network": network})
+        pipeline = self.family.pipeline({**self.parts, **networks})
         pipeline.set_progress_bar_config(disable=True)
         if self.texts is None:
             self.texts = Texts(pipeline)
@@ -83,7 +87,7 @@ class Previewer:
             if self.texts.apart:
                 for part in [name for name in self.parts if name.startswith("text_encoder")]:
                     del self.parts[part]
-                pipeline = self.family.pipeline({**self.parts, "network": network})
+                pipeline = self.family.pipeline({**self.parts, **networks})
                 pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

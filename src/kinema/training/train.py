@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -227,9 +226,9 @@ class Run:
         self.trainer: Trainer = Trainer(
             config=config,
             world=self.world,
-            networks={"student": FamilyDenoiser(self.family, next(iter(self.networks.values())))},
+            networks={"student": FamilyDenoiser(self.family, self.networks)},
             parameters=parameters,
-            objective=flow_matching(config.objective, self.family.default_shift()),
+            objective=flow_matching(config.objective, self.family),
             optimizers=optimizers,
             compute_dtype=torch_dtype(training.precision),
             total_steps=total,
@@ -342,17 +341,15 @@ class Run:
         return losses
 
     def _preview(self) -> None:
-        network = next(iter(self.networks.values()))
         with self._averaged(), evaluating(self.networks.values()):
-            self.previewer.preview(self.trainer.progress.step, network)
+            self.previewer.preview(self.trainer.progress.step, self.networks)
 
     def _export(self) -> None:
         from kinema.training.export import export_weights
 
         step = self.trainer.progress.step
         with self._averaged():
-            for network in itertools.islice(self.networks.values(), 1):
-                export_weights(self.directory / "exports", step, self.family, network, self.config, self.world)
+            export_weights(self.directory / "exports", step, self.family, self.networks, self.config, self.world)
 
     def _finish(self) -> None:
         from kinema.ui.report import write_report

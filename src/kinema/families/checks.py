@@ -1,0 +1,41 @@
+"""What a configuration asks of a variant, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from kinema.config.schema import Config
+from kinema.errors import ConfigError
+from kinema.families.base import Variant
+
+
+def check_sizes(config: Config, variant: Variant) -> None:
+    """ConfigError for clip lengths, sizes and preview pictures that the variant cannot take."""
+    preview, stride, grid = config.preview, variant.frame_stride, variant.grid
+    lengths = [("data.buckets.frames", n) for n in config.data.buckets.frames]
+    lengths += [("preview.frames", preview.frames)] if preview.frames else []
+    for key, frames in lengths:
+        if variant.modality == "image":
+            if frames != 1 and "frames" in config.data.buckets.model_fields_set | preview.model_fields_set:
+                raise ConfigError(f"{key}: {variant.name} makes pictures, which have 1 frame, not {frames}.")
+            continue
+        if frames % stride != 1 % stride:
+            below = (frames - 1) // stride * stride + 1
+            raise ConfigError(
+                f"{key}: {frames} frames do not fit the autoencoder, which takes {stride} k + 1; the nearest are "
+                f"{below} and {below + stride}."
+            )
+        if "first_frame" in variant.conditions and frames == 1:
+            raise ConfigError(f"{key}: image-to-video needs clips, and 1 frame is a picture; leave 1 out.")
+    sides = [("data.buckets.sizes", side) for size in config.data.buckets.sizes or () for side in size]
+    sides += [(f"preview.{name}", side) for name in ("height", "width") if (side := getattr(preview, name))]
+    for key, side in sides:
+        if side % grid:
+            below = max(side // grid, 1) * grid
+            raise ConfigError(
+                f"{key}: {side} is no multiple of {grid}, which one token of {variant.name} covers; the nearest are "
+                f"{below} and {below + grid}."
+            )
+    if "first_frame" in variant.conditions and len(preview.images) != len(preview.prompts):
+        raise ConfigError(
+            f"preview.images: {len(preview.images)} pictures for {len(preview.prompts)} prompts; {variant.name} starts "
+            "each preview from a picture, so give one for each prompt."
+        )

@@ -1,0 +1,335 @@
+"""What is the same for every family whose models are laid out as a diffusers pipeline: finding and loading parts,
+their identity, their pipeline, the checks that need no weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kinema.config.schema import Config, PartConfig
+from kinema.data.batch import Encoding, Sample
+from kinema.dtypes import torch_dtype
+from kinema.errors import ConfigError, UserError
+from kinema.families.base import Family, Parts, Variant
+from kinema.families.checks import check_sizes
+from kinema.families.identity import part_identity
+from kinema.families.layout import Layout
+from kinema.families.loading import (
+    CONFIGS,
+    Found,
+    PartSpec,
+    Source,
+    build,
+    find,
+    is_hub_id,
+    kept_in_float32,
+    load_weights,
+    part_config,
+    read_json,
+    with_config,
+)
+from kinema.families.tensors import looks_like, tensor_shapes
+from kinema.randomness import derive_seed
+from kinema.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class StandardFamily(Family):
+    """A family with a table of parts. A subclass states its tables, what it encodes, and its network's habits."""
+
+    parts: ClassVar[Mapping[str, PartSpec]]
+    """Every part that some variant has, by its name."""
+    network_layout: ClassVar[Layout]
+    """The original layout of the network."""
+    encoding_version: ClassVar[str]
+    """Part of every fingerprint: change it when the same weights are made to encode something else."""
+
+    # -- which variant ---------------------------------------------------------------------------------------------
+
+    @property
+    def variant(self) -> Variant:
+        return self.variants[self._variant_name]
+
+    @cached_property
+    def _variant_name(self) -> str:
+        name = self.config.variant or self._detect_variant()
+        if name not in self.variants:
+            raise ConfigError(
+                f"model.variant: {self.name} has no variant '{name}'{did_you_mean(name, self.variants)} "
+                f"Known: {', '.join(self.variants)}."
+            )
+        return name
+
+    def _detect_variant(self) -> str:
+        """From the files at the network's place; ConfigError if they leave it open."""
+        found = self._find("network", weights=False) or self._find("network")
+        if found is None:
+            raise ConfigError(
+                f"model.variant: name one ({', '.join(self.variants)}), or give model.path to read it from."
+            )
+        path = self._config_file("network", found)
+        described = read_json(path) if path else {}
+        fitting = self._fitting(described)
+        index = found.place.parent / "model_index.json"
+        pipeline = read_json(index).get("_class_name", "") if index.is_file() else ""
+        fitting = [name for name in fitting if self.variants[name].pipeline == pipeline] or fitting
+        name = self.detect(fitting, described, found)
+        if name is None:
+            appearance = "" if described else f" (it looks like {looks_like(tensor_shapes(found.files))})"
+            raise UserError(
+                f"model.variant: {found.place}{appearance} does not say which variant of {self.name} it is. Name one: "
+                f"{', '.join(fitting or self.variants)}."
+            )
+        return name
+
+    def _fitting(self, described: Mapping[str, Any]) -> list[str]:
+        """Variants whose shipped configuration of the network agrees with this one."""
+        fitting: list[str] = []
+        if not self.parts["network"].model.endswith(f":{described.get('_class_name')}"):
+            return fitting
+        for name in self.variants:
+            path = self._shipped(name, self.parts["network"])
+            shipped = read_json(path) if path is not None else {}
+            settings = {key: value for key, value in shipped.items() if not key.startswith("_")}
+            if settings and all(described.get(key, value) == value for key, value in settings.items()):
+                fitting.append(name)
+        return fitting
+
+    def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
+        """Choose the variant, or None: ``fitting`` are those whose network has this configuration (and whose pipeline
+        the model's index names); ``described`` is the configuration, or {}; ``found`` is where the network lies."""
+        return fitting[0] if len(fitting) == 1 or (len(self.variants) == 1 and described) else None
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def _find(self, part: str, *, weights: bool = True) -> Found | None:
+        return find(self.config, part, self.parts[part], weights=weights)
+
+    def _config_file(self, part: str, found: Found | None) -> Path | None:
+        """The part's configuration file: beside its weights, else (a single file) in the model's directory."""
+        if found and found.config:
+            return found.config
+        if part_config(self.config, part).path is None or self.config.path is None:
+            return None
+        model = self.config.model_copy(update={part: PartConfig()})
+        of_model = find(model, part, self.parts[part], weights=False)
+        return of_model.config if of_model else None
+
+    def _shipped(self, variant: str, spec: PartSpec) -> Path | None:
+        """The configuration that ships with kinema: the variant's own, the family's, or a common one."""
+        places = [CONFIGS / self.name / variant / spec.folder, CONFIGS / self.name / spec.folder]
+        places += [CONFIGS / "common" / spec.shipped] if spec.shipped else []
+        return next((place / spec.config_file for place in places if (place / spec.config_file).is_file()), None)
+
+    def source(self, part: str) -> Source:
+        """Where a part lies and its configuration; UserError if there is neither a file nor a shipped one."""
+        assert part in self.variant.parts, f"{self.variant.name} has no part {part}"
+        found = self._find(part, weights=not self._is_drawn(part))
+        shipped = self._shipped(self.variant.name, self.parts[part])
+        model = f"{self.name} {self.variant.name}"
+        return with_config(self.parts[part], found, self._config_file(part, found), shipped, model)
+
+    def _is_drawn(self, part: str) -> bool:
+        return part.startswith("network") and self.config.random_weights
+
+    def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
+        configured = part_config(self.config, part).dtype
+        if configured is not None:
+            dtype = torch_dtype(configured)
+        source = self.source(part)
+        if self._is_drawn(part):
+            return self._drawn(source, derive_seed(self.seed, "random_weights", part), device, dtype)
+        if source.found is None and (self.parts[part].model or (part.startswith("tokenizer") and not source.config)):
+            raise UserError(self._nowhere(part))
+        if (loader := self.parts[part].load) is not None:
+            return loader(source)
+        kind = next((kind for kind in SMALL_LOADERS if part.startswith(kind)), None)
+        return load_weights(source, device, dtype) if kind is None else SMALL_LOADERS[kind](source)
+
+    def empty(self, part: str) -> nn.Module:
+        found = self._find(part, weights=False)
+        shipped = self._shipped(self.variant.name, self.parts[part])
+        source = with_config(self.parts[part], found, self._config_file(part, found), shipped, self.name)
+        return build(source.spec, source.config, empty=True).eval().requires_grad_(False)
+
+    def _drawn(self, source: Source, seed: int, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:
+        import torch
+
+        if torch.device(device).type == "meta":
+            return build(source.spec, source.config, empty=True).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build(source.spec, source.config)
+            self.initialise(network)
+        if dtype is not None:
+            exact = kept_in_float32(network, dtype)
+            for name, parameter in network.named_parameters():
+                parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
+        return network.to(device).eval().requires_grad_(False)
+
+    def initialise(self, network: nn.Module) -> None:
+        """Draw the weights that its authors start training from; by default those that its class draws."""
+
+    def _nowhere(self, part: str) -> str:
+        spec = self.parts[part]
+        near = f", put it beside model.{spec.beside}.path" if spec.beside else ""
+        return (
+            f"model.{part}.path: there is nowhere to load the {spec.what} from. Give its path or a hub id "
+            f"(for instance {spec.hub or self.variant.hub}){near}, or give model.path = a whole model."
+        )
+
+    def fingerprint(self, parts: Sequence[str]) -> str:
+        identities = [self.encoding_version]
+        for part in parts:
+            source = self.source(part)
+            drawn = self._is_drawn(part)
+            identity = f"{self.seed} " if drawn else ""
+            identity += part_identity(None if drawn else source.found, source.config)
+            identities.append(f"{part} {identity} {part_config(self.config, part).dtype}")
+        return hashlib.blake2b("\n".join(identities).encode(), digest_size=16).hexdigest()
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def validate(self, config: Config) -> None:
+        check_sizes(config, self.variant)
+        self._check_trained(config)
+        for part in self.variant.parts:
+            own, near = (part_config(config.model, name).path for name in (part, self.parts[part].beside or part))
+            if is_hub_id(own) or (own is None and (is_hub_id(near) or is_hub_id(config.model.path))):
+                continue  # fetched when work starts
+            needs_files = self.parts[part].model and not self._is_drawn(part)
+            shipped = self._shipped(self.variant.name, self.parts[part])
+            if self._find(part) is None and (needs_files or shipped is None):
+                raise ConfigError(self._nowhere(part))
+
+    def _check_trained(self, config: Config) -> None:
+        known = self.trainable_parts()
+        for part in config.model.train or ():
+            if part not in known:
+                raise ConfigError(
+                    f"model.train: {self.variant.name} cannot train '{part}'{did_you_mean(part, known)} "
+                    f"What can train: {', '.join(known)}."
+                )
+
+    # -- other tools -----------------------------------------------------------------------------------------------
+
+    def pipeline(self, parts: Parts) -> Any:
+        return self.pipeline_class(**self.pipeline_modules(parts))
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline of the variant."""
+        import diffusers
+
+        return getattr(diffusers, self.variant.pipeline)
+
+    def pipeline_modules(self, parts: Parts) -> dict[str, Any]:
+        """The pipeline's components by its own names; small parts that are not given are loaded, models are None."""
+        modules = {self.parts[part].folder: parts.get(part) for part in self.variant.parts}
+        if modules.get("scheduler") is None and "scheduler" in self.variant.parts:
+            modules["scheduler"] = self.load("scheduler", "cpu", None)
+        return modules
+
+    def text_pipeline(self, parts: Parts) -> Any:
+        """A pipeline over these parts alone, for what its own methods make of text and pictures."""
+        modules = {self.parts[part].folder: parts.get(part) for part in self.variant.parts}
+        return self.pipeline_class(**modules)
+
+    def folder(self, part: str) -> str:
+        return self.parts[part].folder
+
+    def layout(self, part: str = "network") -> Layout:
+        if part.startswith("network"):
+            return self.network_layout
+        return super().layout(part)
+
+    # -- latents ---------------------------------------------------------------------------------------------------
+
+    def encode_latents(self, autoencoder: Any, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """``latents`` and ``latents_std`` [C, T, H, W] of each sample's clip."""
+        mean, std = encode_pixels(autoencoder, pixels_of(samples))
+        return [{"latents": m, "latents_std": s} for m, s in zip(mean, std, strict=True)]
+
+
+LATENTS = Encoding("latents", "media", ("autoencoder",))
+"""What nearly every family makes of a clip."""
+
+
+def pixels_of(samples: Sequence[Sample]) -> Tensor:
+    """The clips of samples of one bucket, in [-1, 1], [B, C, T, H, W]."""
+    import torch
+
+    clips = [sample.pixels for sample in samples if sample.pixels is not None]
+    assert len(clips) == len(samples), "this encoding reads pixels"
+    return torch.stack(clips).float() / 255 * 2 - 1
+
+
+def encode_pixels(autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the posterior of pixels [B, C, T, H, W] in [-1, 1], normalised to unit scale:
+    float32 [B, C, t, h, w] on the CPU. Picture autoencoders get [B, C, H, W], and T must be 1."""
+    flat = is_picture_autoencoder(autoencoder)
+    assert not flat or pixels.shape[2] == 1, "a picture autoencoder takes one frame"
+    inputs = pixels[:, :, 0] if flat else pixels
+    posterior = autoencoder.encode(inputs.to(autoencoder.device, autoencoder.dtype)).latent_dist
+    mean, std = posterior.mean.float().cpu(), posterior.std.float().cpu()
+    if flat:
+        mean, std = mean[:, :, None], std[:, :, None]
+    offset, scale = latent_statistics(autoencoder, mean)
+    return (mean - offset) / scale, std / scale
+
+
+def is_picture_autoencoder(autoencoder: Any) -> bool:
+    """Whether it takes single pictures [B, C, H, W] and no videos."""
+    from torch import nn
+
+    return not any(isinstance(module, nn.Conv3d) for module in autoencoder.modules())
+
+
+def latent_statistics(autoencoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(offset, scale) with normalised = (raw - offset) / scale, from an autoencoder's published configuration:
+    per-channel mean and std where it has them, else its shift; std divided by its scaling factor."""
+    config = autoencoder.config
+    shape = (1, -1, *[1] * (like.ndim - 2))
+    factor = getattr(config, "scaling_factor", None) or 1.0
+    mean = getattr(config, "latents_mean", None)
+    std = getattr(config, "latents_std", None)
+    if mean is None and hasattr(autoencoder, "latents_mean"):  # LTX keeps them as buffers
+        mean, std = autoencoder.latents_mean.tolist(), autoencoder.latents_std.tolist()
+    if mean is None:
+        mean = [getattr(config, "shift_factor", None) or 0.0]
+    offset = like.new_tensor(mean).view(shape)
+    return offset, like.new_tensor(std if std is not None else [1.0]).view(shape) / factor
+
+
+def _load_scheduler(source: Source) -> Any:
+    import diffusers
+
+    return getattr(diffusers, source.config["_class_name"]).from_config(dict(source.config))
+
+
+def _load_tokenizer(source: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    # One without a vocabulary (bytes) is all in its configuration, and may be the one that ships with kinema.
+    place = source.config_path.parent if source.found is None else source.found.place
+    return AutoTokenizer.from_pretrained(place, local_files_only=True)
+
+
+def _load_clip_processor(source: Source) -> Any:
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(**{k: v for k, v in source.config.items() if k != "image_processor_type"})
+
+
+SMALL_LOADERS: dict[str, Callable[[Source], Any]] = {
+    "tokenizer": _load_tokenizer,
+    "scheduler": _load_scheduler,
+    "image_processor": _load_clip_processor,
+}
+"""How parts without weights are loaded, by the beginning of their name, unless their `PartSpec` says otherwise."""
