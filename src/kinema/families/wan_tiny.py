@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kinema.families.tiny import spread, t5_tokenizer, tiny_seed, write_directory
+from kinema.families.tiny import clip_vision, spread, t5_tokenizer, tiny_seed, umt5_encoder, write_directory
 
 TEXT_DIM = 32
 IMAGE_DIM = 20
@@ -20,7 +20,7 @@ def write_tiny(directory: Path, from_image: bool, seed: int) -> Path:
         WanPipeline,
         WanTransformer3DModel,
     )
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+    from transformers import CLIPImageProcessorPil
 
     tokenizer = t5_tokenizer()
     modules: dict[str, Any] = {
@@ -28,20 +28,10 @@ def write_tiny(directory: Path, from_image: bool, seed: int) -> Path:
         "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     }
     with tiny_seed(seed):
-        modules["text_encoder"] = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=TEXT_DIM,
-                d_kv=8,
-                d_ff=48,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-            )
-        )
+        modules["text_encoder"] = umt5_encoder(tokenizer, TEXT_DIM)
         # The widths of the published one divided by 24: the same shortcuts, resamplers and attention.
-        modules["vae"] = AutoencoderKLWan(base_dim=4)
-        modules["transformer"] = WanTransformer3DModel(
+        modules["vae"] = spread(AutoencoderKLWan(base_dim=4).eval())
+        transformer = WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=12,
             in_channels=36 if from_image else 16,
@@ -54,22 +44,9 @@ def write_tiny(directory: Path, from_image: bool, seed: int) -> Path:
             added_kv_proj_dim=24 if from_image else None,
             rope_max_seq_len=64,
         )
+        modules["transformer"] = spread(transformer.eval())
         if from_image:
-            modules["image_encoder"] = CLIPVisionModel(
-                CLIPVisionConfig(
-                    hidden_size=IMAGE_DIM,
-                    intermediate_size=28,
-                    num_hidden_layers=3,
-                    num_attention_heads=2,
-                    image_size=16,
-                    patch_size=8,
-                    hidden_act="gelu",
-                    projection_dim=16,
-                )
-            )
+            modules["image_encoder"] = clip_vision(IMAGE_DIM)
             modules["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
-        for name in ("text_encoder", "vae", "transformer", "image_encoder"):
-            if name in modules:
-                spread(modules[name].eval())
     pipeline = (WanImageToVideoPipeline if from_image else WanPipeline)(**modules)
     return write_directory(directory, pipeline)
