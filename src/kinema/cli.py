@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -271,6 +271,94 @@ def models(
         size = f"{row['parameters'] / 1e9:.1f}B"
         table.add_row(row["family"], row["variant"], row["modality"], size, row["hub"])
     Console().print(table)
+
+
+LayoutOption = Annotated[
+    Literal["diffusers", "comfyui", "kohya", "peft"], typer.Option("--to", help="Layout; docs/adapters.md says more.")
+]
+FamilyOption = Annotated[str | None, typer.Option(help="Family, if its tensors leave it open; see `kinema models`.")]
+VariantOption = Annotated[str | None, typer.Option(help="Variant of --family.")]
+PartOption = Annotated[str, typer.Option(metavar="PART", help="Such as network_2, the second of two experts.")]
+DtypeOption = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Type of the weights; default: as they are.")
+]
+ShardOption = Annotated[float, typer.Option(min=0.001, metavar="GB", help="Largest file of a diffusers directory.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Adapter, diffusers directory or checkpoint file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file, or directory (diffusers network, peft).")],
+    to: LayoutOption,
+    family: FamilyOption = None,
+    variant: VariantOption = None,
+    part: PartOption = "network",
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Model that an adapter belongs to, where its size is no published one."),
+    ] = None,
+    dtype: DtypeOption = None,
+    shard_size: ShardOption = 5.0,
+) -> None:
+    """Write an adapter or a network in another layout or type."""
+    from kinema.adapters.convert import convert as run_convert
+
+    place = {"family": family, "variant": variant, "part": part}
+    _lines(run_convert(source, out, to, **place, base=base, dtype=dtype, shard_gb=shard_size))
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Diffusers directory, hub id or checkpoint file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory (diffusers) or .safetensors file.")],
+    adapter: Annotated[list[str], typer.Option(metavar="FILE[:FACTOR]", help="Adapter; may be repeated.")],
+    to: LayoutOption = "diffusers",
+    family: FamilyOption = None,
+    variant: VariantOption = None,
+    part: PartOption = "network",
+    dtype: DtypeOption = None,
+    shard_size: ShardOption = 5.0,
+) -> None:
+    """Fold adapters into the network of MODEL and write the result as a checkpoint."""
+    from kinema.adapters.merge import merge as run_merge
+    from kinema.sampling.weights import adapter_option
+
+    files = [adapter_option(one) for one in adapter]
+    place = {"family": family, "variant": variant, "part": part}
+    _lines(run_merge(model, files, out, to, **place, dtype=dtype, shard_gb=shard_size))
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Model before: directory, hub id or checkpoint file.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Model after.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New .safetensors file (peft: directory).")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every layer, at most.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of each layer's squared difference to keep.")
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Layers; default: all.")] = None,
+    to: LayoutOption = "comfyui",
+    family: FamilyOption = None,
+    variant: VariantOption = None,
+    part: PartOption = "network",
+    dtype: DtypeOption = None,
+    device: Annotated[str, typer.Option(help="Where to compute, such as cuda.")] = "cpu",
+) -> None:
+    """Make a LoRA of the difference of two checkpoints.
+
+    Prints how much of each kind of layer's difference the LoRA keeps.
+    """
+    from kinema.adapters.extract import extract as run_extract
+
+    place = {"family": family, "variant": variant, "part": part}
+    amount = {"rank": rank, "energy": energy, "targets": tuple(target or ())}
+    _lines(run_extract(base, tuned, out, to, **amount, **place, dtype=dtype, device=device))
+
+
+def _lines(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
 
 
 @app.command()

@@ -1,182 +1,111 @@
-"""Adapter files in the layouts that other tools read.
-
-- diffusers: ``transformer.<diffusers name>.lora_A.weight``, alpha in the header under
-  ``lora_adapter_metadata``;
-- ComfyUI: ``diffusion_model.<original name>.lora_A.weight``, and ``.alpha`` beside it where alpha is not the
-  rank;
-- Kohya (read only): ``lora_unet_<original name with underscores>.lora_down.weight``.
-
-PEFT's own files (``base_model.model.<name>``, alpha in ``adapter_config.json``) are read as well.
+"""Reading adapters of every layout that `kinema.adapters.write` writes, and of the tools that share them: diffusers,
+PEFT, ComfyUI, Kohya, LyCORIS. Each layer keeps its own rank and alpha.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from kinema.adapters.names import Names, flat_names, from_original_layers, layout_of
+from kinema.adapters.state import IA3, LOKR, LORA_A, LORA_B, MAGNITUDE, Adapter
+from kinema.adapters.targets import Modules
+from kinema.adapters.write import DIFFUSERS_FILE, HEADER, PART, PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 from kinema.errors import UserError
 from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-"""The name under which diffusers looks for an adapter in a directory."""
-HEADER = "lora_adapter_metadata"
-"""Where diffusers keeps an adapter's configuration in the header of a safetensors file."""
-_PEFT_PREFIX = re.compile(r"(?:base_model\.model\.)?(?:(?:transformer|unet)\.)?")
-_IN_BLOCKS = re.compile(r"\w*blocks\.\d+\.")
+_WORDS = {
+    ".lora_down.weight": LORA_A,
+    ".lora_up.weight": LORA_B,
+    ".lora.down.weight": LORA_A,
+    ".lora.up.weight": LORA_B,
+    ".lora_linear_layer.down.weight": LORA_A,
+    ".lora_linear_layer.up.weight": LORA_B,
+    ".lora_A.default.weight": LORA_A,
+    ".lora_B.default.weight": LORA_B,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+    ".lora_magnitude_vector.default.weight": MAGNITUDE,
+    ".dora_scale": MAGNITUDE,
+    ".alpha": "alpha",
+    **{f".{ending}": ending for ending in (LORA_A, LORA_B, MAGNITUDE, IA3, *LOKR)},
+}
+"""How names of tensors end in some layout -> the ending that `Adapter` has."""
+_PROCESSOR = re.compile(r"\.processor\.(to_\w+?)_lora\.(down|up)\.weight$")
+_FLAT = re.compile(r"(lora_\w+|lycoris_\w+)$")
 
-
-class Names(Protocol):
-    """What a family knows about names (``Family`` has both)."""
-
-    def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under the original layout's names."""
-
-    def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights under diffusers' names."""
+Layer = tuple[str, bool, str]
+"""(part, whether the name is the original layout's, layer)."""
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read: every layer's update is ``scale`` B A, with scale = alpha / rank.
+    """What was read, by part."""
 
-    ``state`` has diffusers names; ``rank`` is that of most layers (``ranks`` has each layer's own).
-    """
-
-    state: dict[str, Tensor]
-    rank: int
-    alpha: float
+    adapters: dict[str, Adapter]
     metadata: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of each layer."""
-        end = ".lora_A.weight"
-        return {name.removesuffix(end): value.shape[0] for name, value in self.state.items() if name.endswith(end)}
+def read_adapter(path: Path, names: Names, modules: Mapping[str, Modules]) -> AdapterFile:
+    """Read an adapter for a model with these adaptable ``modules`` by part (see `targets.adaptable_modules`; they may
+    lie on the meta device).
 
-
-def save_diffusers(
-    path: Path,
-    state: Mapping[str, Tensor],
-    *,
-    rank: int,
-    alpha: float,
-    metadata: Mapping[str, str],
-    prefix: str = "transformer",
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write the layout that diffusers' ``load_lora_weights`` and ``load_lora_adapter`` read.
-
-    ``prefix`` is the network's name in the pipeline; ``dtype``, if given, that of the tensors. The header
-    holds only keys that every version of peft takes.
+    ``path`` is a file or a directory that holds one. UserError for a file that is no adapter, has tensors that cannot
+    be honoured, or belongs to another model.
     """
-    from safetensors.torch import save_file
-
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in state})
-    header = {"r": rank, "lora_alpha": alpha, "target_modules": layers, "bias": "none"}
-    packed = json.dumps({f"{prefix}.{key}": value for key, value in header.items()}, sort_keys=True)
-    tensors = {f"{prefix}.{name}": value.to(dtype).contiguous() for name, value in state.items()}
-    save_file(tensors, path, {"format": "pt", **metadata, HEADER: packed})
-
-
-def save_comfyui(
-    path: Path,
-    state: Mapping[str, Tensor],
-    *,
-    rank: int,
-    alpha: float,
-    names: Names,
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write the layout that ComfyUI reads, and diffusers' importers of original names.
-
-    Outside the blocks some importers refuse ``.alpha`` (diffusers' for Wan, 0.42): there B carries the scale.
-    The header must not hold ``lora_adapter_metadata``: diffusers would apply alpha twice.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    scale = alpha / rank
-    tensors: dict[str, Tensor] = {}
-    for name, value in names.to_original(state).items():
-        layer, _, which = name.rpartition(".lora_")
-        alpha_is_read = _IN_BLOCKS.match(layer) is not None
-        factor = scale if which.startswith("B") and not alpha_is_read else 1.0
-        tensors[f"diffusion_model.{name}"] = (value * factor).to(dtype).contiguous()
-        if scale != 1 and alpha_is_read:
-            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
-    save_file(tensors, path, {"format": "pt", **metadata})
+    adapters: dict[str, Adapter] = {}
+    metadata: dict[str, str] = {}
+    files = locate(path)
+    for file in files:
+        found = _Reading(file, names, modules).read()
+        for part, adapter in found.adapters.items():
+            if part in adapters:
+                several = ", ".join(one.name for one in files)
+                raise UserError(f"{path}: expected one adapter file (.safetensors), found {several}. Name the file.")
+            adapters[part] = adapter
+        metadata |= found.metadata
+    return AdapterFile(adapters, metadata)
 
 
-def read_adapter(path: Path, names: Names, modules: Collection[str]) -> AdapterFile:
-    """Read an adapter of any layout above for a network with these ``modules`` (diffusers names of its
-    layers).
+def fold_file(path: Path, names: Names, networks: Mapping[str, nn.Module], factor: float = 1.0) -> None:
+    """Fold an adapter's file into the weights of these networks (and text encoders), by part, ``factor`` of the way."""
+    from kinema.adapters.inject import fold_adapter
+    from kinema.adapters.targets import adaptable_modules
 
-    ``path`` is a file or a directory that holds one. UserError for a file that is no LoRA, has parts that
-    cannot be honoured, or belongs to another network.
-    """
-    file = _locate(path)
-    tensors, metadata = _read_tensors(file)
-    alphas = {
-        name.removesuffix(".alpha"): float(tensors.pop(name)) for name in list(tensors) if name.endswith(".alpha")
-    }
-    factors = {_plain_ending(name): value for name, value in tensors.items()}
-    strange = sorted(name for name in factors if not name.endswith((".lora_A.weight", ".lora_B.weight")))
-    if strange or not factors:
-        what = f"{len(strange)} tensors are none, for instance {strange[0]}" if strange else "it has no tensor"
-        raise UserError(f"{file}: expected a LoRA of pairs lora_A, lora_B (or lora_down, lora_up), but {what}.")
-    if all(name.startswith("lora_unet_") for name in factors):
-        rename = _kohya_names(names, modules)
-    elif any(name.startswith("diffusion_model.") for name in factors):
-        rename = {layer: _diffusers_name(names, layer) for layer in _layers(factors)}
-    else:
-        rename = {layer: _PEFT_PREFIX.sub("", layer, count=1) for layer in _layers(factors)}
-    known = set(modules)
-    for layer in _layers(factors):
-        if rename.get(layer) not in known:
-            raise UserError(
-                f"{file}: the network has no layer for {layer}"
-                f"{did_you_mean(rename.get(layer, layer), modules)} Is the adapter made for another model?"
-            )
-    state = {
-        f"{rename[layer]}.lora_{which}": value
-        for name, value in factors.items()
-        for layer, _, which in [name.rpartition(".lora_")]
-    }
-    own = {rename[layer]: alpha for layer, alpha in alphas.items() if layer in rename}
-    return _one_scale(file, state, own or _header_alphas(file, state, metadata), metadata)
+    modules = {part: adaptable_modules(network) for part, network in networks.items()}
+    for part, adapter in read_adapter(path, names, modules).adapters.items():
+        fold_adapter(networks[part], adapter, factor)
 
 
-def _locate(path: Path) -> Path:
-    """The adapter file at ``path``; UserError if there is none, or several."""
+def locate(path: Path) -> list[Path]:
+    """The adapter files at ``path``: one, or one for each part. UserError if there is none, or several."""
     if path.is_file():
-        return path
+        return [path]
     if not path.is_dir():
         raise UserError(f"{path}: there is no such file. Expected an adapter (.safetensors) or a directory with one.")
     for folder in (path, path / "diffusers"):
-        if (folder / DIFFUSERS_FILE).is_file():
-            return folder / DIFFUSERS_FILE
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("comfyui/*.safetensors"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{path}: expected one adapter file (.safetensors), found {found}. Name the file itself.")
-    return files[0]
+        if found := sorted(folder.glob(DIFFUSERS_FILE.replace(".", "*.", 1))):
+            return found
+    for folder in (path, path / "peft"):
+        if found := sorted(folder.glob(PEFT_FILE)) or sorted(folder.glob(f"*/{PEFT_FILE}")):
+            return found
+    files = sorted(path.glob("*.safetensors"))
+    for folder in ("comfyui", "kohya"):
+        files = files or sorted((path / folder).glob("*.safetensors"))
+    stems = {re.sub(r"-expert(_\d)?$", "", file.stem) for file in files}
+    if not files or (len(files) > 1 and len(stems) > 1):
+        found_names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{path}: expected one adapter file (.safetensors), found {found_names}. Name the file itself.")
+    return files
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the header's metadata."""
     from safetensors import SafetensorError, safe_open
 
@@ -187,91 +116,270 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{file}: no readable safetensors file ({error}). Is it complete?") from error
 
 
-def _plain_ending(name: str) -> str:
-    """Kohya's ``lora_down`` and ``lora_up`` are A and B."""
-    return name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
+def split(name: str) -> tuple[str, str] | None:
+    """(layer as the file calls it, ending) of a tensor's name; None if it belongs to no adapter that kinema knows."""
+    if match := _PROCESSOR.search(name):
+        word = {"to_out": "to_out.0"}.get(match[1], match[1])
+        return f"{name[: match.start()]}.{word}", LORA_A if match[2] == "down" else LORA_B
+    for ending, ours in _WORDS.items():
+        if name.endswith(ending):
+            return name[: -len(ending)], ours
+    return None
 
 
-def _layers(factors: Mapping[str, Any]) -> list[str]:
-    """The layers of a state, in its order."""
-    return list(dict.fromkeys(name.rpartition(".lora_")[0] for name in factors))
+class _Reading:
+    """One file on its way to `Adapter`s."""
+
+    def __init__(self, file: Path, names: Names, modules: Mapping[str, Modules]) -> None:
+        self.file, self.names, self.modules = file, names, modules
+        self.tensors, self.metadata = read_tensors(file)
+        self.folders = {f"{names.folder(part)}.": part for part in modules}
+        self.originals = {part: {self._original(part, layer) for layer in layers} for part, layers in modules.items()}
+        self.flat: dict[str, Layer] = {}
+        self.peft = self._peft_configs()
+
+    def _original(self, part: str, layer: str) -> str:
+        try:
+            return layout_of(self.names, part).original_layer(layer)
+        except UserError:
+            return layer
+
+    def read(self) -> AdapterFile:
+        layers: dict[str, dict[str, Tensor]] = {}
+        strange = [name for name in self.tensors if split(name) is None]
+        for name, value in self.tensors.items():
+            if (place := split(name)) is not None:
+                layers.setdefault(place[0], {})[place[1]] = value
+        if strange or not layers:
+            what = f"{len(strange)} tensors are none, for instance {min(strange)}" if strange else "it has no tensor"
+            raise UserError(
+                f"{self.file}: expected an adapter of a kind that kinema has (LoRA, DoRA, LoKr, IA3), but {what}."
+            )
+        placed: dict[Layer, dict[str, Tensor]] = {}
+        for raw, factors in layers.items():
+            if (place := self._place(raw)) in placed:
+                raise UserError(f"{self.file}: {raw} and another of its layers are both {place[2]} of the network.")
+            placed[place] = factors
+        adapters: dict[str, Adapter] = {}
+        for part in self.modules:
+            ours = {layer: factors for (at, old, layer), factors in placed.items() if at == part and not old}
+            theirs = {layer: factors for (at, old, layer), factors in placed.items() if at == part and old}
+            found = [self._adapter(part, ours, self.peft.get(part))] if ours else []
+            found += [from_original_layers(self._adapter(part, theirs, None), self.names)] if theirs else []
+            if found:
+                adapters[part] = self._fit(_union(found, self.file))
+        return AdapterFile(adapters, self.metadata)
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def _place(self, raw: str) -> Layer:
+        """Where a layer of the file belongs; UserError if nowhere."""
+        name = raw.removeprefix(PEFT_PREFIX)
+        found: Layer | None = None
+        if _FLAT.match(name) and "." not in name:
+            found = self._flat_table().get(name)
+        elif name.startswith(("diffusion_model.", "model.diffusion_model.")):
+            part, rest = self._network(), name.partition("diffusion_model.")[2]
+            if rest in self.originals[part]:
+                found = (part, True, rest)
+            elif rest in self.modules[part]:
+                found = (part, False, rest)
+        else:
+            part, rest = self._split_part(name)
+            for candidate in (rest, rest.removeprefix("text_model.")):  # older transformers nest CLIP's layers
+                if candidate in self.modules[part]:
+                    found = found or (part, False, candidate)
+            if found is None and rest in self.originals[part]:
+                found = (part, True, rest)
+        if found is None:
+            raise UserError(self._unknown(raw))
+        return found
+
+    def _split_part(self, name: str) -> tuple[str, str]:
+        """(part, rest) of a name that begins with the part's name in a pipeline, or with nothing."""
+        for start, part in self.folders.items():
+            if name.startswith(start):
+                return self._network() if part == "network" else part, name.removeprefix(start)
+        return self._network(), re.sub(r"^(?:transformer|unet)\.", "", name)
+
+    def _network(self) -> str:
+        """The part that names without a part belong to: what the header says, else the first."""
+        said = self.metadata.get(PART)
+        return said if said in self.modules else next(iter(self.modules))
+
+    def _flat_table(self) -> dict[str, Layer]:
+        if not self.flat:
+            order = sorted(self.modules, key=lambda part: part != self._network())
+            for part in order:
+                try:
+                    layout = layout_of(self.names, part)
+                except UserError:
+                    continue
+                table = flat_names(self.modules[part], self.names.kohya_prefix(part), layout)
+                for name, (is_original, layer) in table.items():
+                    self.flat.setdefault(name, (part, is_original, layer))
+        return self.flat
+
+    def _unknown(self, raw: str) -> str:
+        other = re.match(r"(lora_te\d?)_|(text_encoder(?:_\d)?)\.|(transformer_2)\.", raw)
+        if other is not None:
+            return (
+                f"{self.file}: it also adapts {other[1] or other[2] or other[3]} (at {raw}), which is no part that is "
+                f"adapted here ({', '.join(self.modules)})."
+            )
+        known = [*self._flat_table()] if "." not in raw else [name for part in self.originals.values() for name in part]
+        plain = raw.rpartition("diffusion_model.")[2]
+        near = did_you_mean(plain, [*known, *(name for part in self.modules.values() for name in part)])
+        return f"{self.file}: the network has no layer for {raw}{near} Is the adapter made for another model?"
+
+    # -- ranks, alphas, shapes -------------------------------------------------------------------------------------
+
+    def _peft_configs(self) -> dict[str, dict[str, Any]]:
+        """PEFT's configuration by part, from diffusers' header or the file beside; {} if there is none."""
+        beside = self.file.with_name(PEFT_CONFIG)
+        if HEADER in self.metadata:
+            packed = json.loads(self.metadata[HEADER])
+            found: dict[str, dict[str, Any]] = {}
+            for key, value in packed.items():
+                part, rest = self._split_part(key)
+                found.setdefault(part, {})[rest] = value
+            return found
+        return {self._network(): json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
+
+    def _adapter(self, part: str, layers: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None) -> Adapter:
+        endings = {ending for factors in layers.values() for ending in factors}
+        kind: Any = "ia3" if IA3 in endings else "lokr" if endings & set(LOKR) else "lora"
+        kind = "dora" if MAGNITUDE in endings and kind == "lora" else kind
+        needed = {"ia3": {IA3}, "lora": {LORA_A, LORA_B}, "dora": {LORA_A, LORA_B, MAGNITUDE}, "lokr": set[str]()}[kind]
+        allowed = (set(LOKR) if kind == "lokr" else needed) | {"alpha"}
+        state: dict[str, Tensor] = {}
+        ranks, alphas, on_input = {}, {}, set()
+        for layer, factors in layers.items():
+            if not (needed <= set(factors) <= allowed and _whole(kind, factors)):
+                raise UserError(
+                    f"{self.file}: {layer} has {', '.join(sorted(factors))}, which is no complete {kind} layer. Is the "
+                    "file complete, or does it mix several kinds?"
+                )
+            alpha = factors.get("alpha")
+            if kind == "ia3":
+                if factors[IA3].shape[0] == 1 and factors[IA3].numel() > 1 and self._reads_input(layer, config):
+                    on_input.add(layer)
+            else:
+                given = None if alpha is None else float(alpha)
+                ranks[layer], alphas[layer] = _rank_and_alpha(kind, layer, factors, given, config)
+            state |= {f"{layer}.{ending}": value for ending, value in factors.items() if ending != "alpha"}
+        return Adapter(kind, state, ranks, alphas, part, frozenset(on_input))
+
+    def _reads_input(self, layer: str, config: Mapping[str, Any] | None) -> bool:
+        """Whether IA3 multiplies the layer's input. A vector of a convolution has the same shape either way, so PEFT's
+        configuration says it."""
+        listed = (config or {}).get("feedforward_modules")
+        if isinstance(listed, str):
+            return re.fullmatch(listed, layer) is not None
+        return any(layer.endswith(end) for end in listed) if listed is not None else True
+
+    def _fit(self, adapter: Adapter) -> Adapter:
+        """The adapter with factors in the shapes of the network's layers; UserError if they are of other sizes."""
+        state = dict(adapter.state)
+        for layer in adapter.layers:
+            weight: Tensor = _weight(self.modules[adapter.part][layer])
+            fitted = _fitted(adapter, layer, tuple(weight.shape))
+            if fitted is None:
+                sizes = ", ".join(f"{key} {list(value.shape)}" for key, value in adapter.factors(layer).items())
+                raise UserError(
+                    f"{self.file}: {layer} has {sizes}, and the network's weight there is {list(weight.shape)}. Is the "
+                    "adapter made for another model, or for another size of it?"
+                )
+            state |= {f"{layer}.{ending}": value for ending, value in fitted.items()}
+        return Adapter(adapter.kind, state, adapter.ranks, adapter.alphas, adapter.part, adapter.on_input)
 
 
-def _diffusers_name(names: Names, layer: str) -> str:
-    """A layer's diffusers name from its ComfyUI name; the family renames tensors, so one is made for it."""
-    import torch
-
-    plain = layer.removeprefix("diffusion_model.")
-    (name,) = names.from_original({f"{plain}.lora_A.weight": torch.empty(0)})
-    return name.removesuffix(".lora_A.weight")
+def _weight(module: nn.Module) -> Any:
+    return getattr(module, "base_layer", module).weight
 
 
-def _kohya_names(names: Names, modules: Collection[str]) -> dict[str, str]:
-    """Kohya's name -> diffusers name for every layer that both layouts have one of."""
-    import torch
+def _whole(kind: str, factors: Mapping[str, Tensor]) -> bool:
+    if kind in ("lora", "dora"):
+        return factors[LORA_A].shape[0] == factors[LORA_B].shape[1]
+    if kind == "ia3":
+        return True
+    pairs = all(("lokr_w1_a" in factors) == ("lokr_w1_b" in factors) for _ in (1, 2))
+    return pairs and all(
+        (f"lokr_w{i}" in factors) != ({f"lokr_w{i}_a", f"lokr_w{i}_b"} <= set(factors)) for i in (1, 2)
+    )
 
-    table: dict[str, str] = {}
-    for module in modules:
-        (original,) = names.to_original({f"{module}.lora_A.weight": torch.empty(0)})
-        table["lora_unet_" + original.removesuffix(".lora_A.weight").replace(".", "_")] = module
-    return table
 
+def _rank_and_alpha(
+    kind: str, layer: str, factors: Mapping[str, Tensor], given: float | None, config: Mapping[str, Any] | None
+) -> tuple[int, float]:
+    """Rank and alpha of a layer: the file's own alpha, else PEFT's configuration, else the rank (a scale of 1)."""
+    if kind == "lokr":
+        from kinema.adapters.write import lokr_sizes
 
-def _header_alphas(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, float]:
-    """Alpha of each layer from diffusers' header or PEFT's ``adapter_config.json``; empty if neither is
-    there."""
-    beside = file.with_name("adapter_config.json")
-    if HEADER in metadata:
-        packed = json.loads(metadata[HEADER])
-        config = {_PEFT_PREFIX.sub("", key, count=1): value for key, value in packed.items()}
-    elif beside.is_file():
-        config = json.loads(beside.read_text())
+        inner = factors.get("lokr_w2_b", factors.get("lokr_w1_b"))
+        if inner is None:
+            given = None  # LyCORIS ignores alpha where both matrices are whole
+        rank = max(lokr_sizes(factors)[1]) if inner is None else inner.shape[0]
     else:
-        return {}
-    patterns = config.get("alpha_pattern") or {}
-    alphas: dict[str, float] = {}
-    for layer in _layers(state):
-        fitting = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)]
-        alphas[layer] = float((fitting or [config["lora_alpha"]])[0])
-    return alphas
+        rank = factors[LORA_A].shape[0]
+    if given is not None or not config:
+        return rank, float(rank) if given is None else given
+    alpha = float(_of_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank))))
+    said = int(_of_pattern(config, "rank_pattern", layer, config.get("r", rank)))
+    if kind == "lokr":
+        return said, alpha
+    return rank, alpha * rank**0.5 if config.get("use_rslora") else alpha  # alpha / sqrt(rank), arXiv 2312.03732
 
 
-def _one_scale(
-    file: Path, state: dict[str, Tensor], alphas: Mapping[str, float], metadata: dict[str, str]
-) -> AdapterFile:
-    """Bring all layers to the most common scale; the B of the others carries the difference."""
-    ranks: dict[str, int] = {}
-    for layer in _layers(state):
-        a, b = state.get(f"{layer}.lora_A.weight"), state.get(f"{layer}.lora_B.weight")
-        if a is None or b is None or a.shape[0] != b.shape[1]:
-            raise UserError(f"{file}: {layer} lacks lora_A or lora_B, or their ranks differ. Is the file complete?")
-        ranks[layer] = a.shape[0]
-    scales = {layer: alphas.get(layer, rank) / rank for layer, rank in ranks.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    scale = Counter(scales.values()).most_common(1)[0][0]
-    for layer, own in scales.items():
-        if own != scale:
-            state[f"{layer}.lora_B.weight"] = state[f"{layer}.lora_B.weight"].float() * (own / scale)
-    return AdapterFile(state, rank, scale * rank, metadata)
+def _of_pattern(config: Mapping[str, Any], key: str, layer: str, usual: Any) -> Any:
+    patterns = config.get(key) or {}
+    return next((value for one, value in patterns.items() if re.match(rf"(.*\.)?({one})$", layer)), usual)
 
 
-def file_metadata(*, title: str, base_model: str, architecture: str, config_hash: str, step: int) -> dict[str, str]:
-    """Header of a weight file: what tools show of it (https://github.com/Stability-AI/ModelSpec) and where it
-    is from.
+def _fitted(adapter: Adapter, layer: str, shape: tuple[int, ...]) -> dict[str, Tensor] | None:
+    """A layer's factors for a weight of this shape; None if they do not fit. Some tools write linear layers as 1 x 1
+    convolutions, or the other way round."""
+    from math import prod
 
-    A base model on this machine is named by its last component alone: paths say more than the reader should
-    know.
-    """
-    from kinema import __version__
+    from kinema.adapters.write import lokr_sizes
 
-    base = Path(base_model).name if Path(base_model).expanduser().exists() else base_model
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": title,
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": "kinema",
-        "kinema.version": __version__,
-        "kinema.base_model": base,
-        "kinema.config_hash": config_hash,
-        "kinema.step": str(step),
-    }
+    factors = adapter.factors(layer)
+    if adapter.kind == "lokr":
+        (a, c), (b, d) = lokr_sizes(factors)
+        kernel = prod(factors["lokr_w2"].shape[2:]) if "lokr_w2" in factors else 1
+        kernel = prod(factors["lokr_t2"].shape[2:]) if "lokr_t2" in factors else kernel
+        return factors if a * b == shape[0] and c * d * kernel == prod(shape[1:]) else None
+    if adapter.kind == "ia3":
+        size = shape[1] if layer in adapter.on_input else shape[0]
+        return factors if factors[IA3].numel() == size else None
+    down, up = factors[LORA_A], factors[LORA_B]
+    rank = down.shape[0]
+    if down.numel() != rank * prod(shape[1:]) or up.numel() != rank * shape[0]:
+        return None
+    fitted = {LORA_A: down.reshape(rank, *shape[1:]), LORA_B: up.reshape(shape[0], rank, *[1] * (len(shape) - 2))}
+    if adapter.kind == "dora":
+        magnitude = factors[MAGNITUDE]
+        on_outputs = magnitude.numel() == shape[0] and (magnitude.ndim == 1 or 1 in magnitude.shape[:2])
+        if not on_outputs or (magnitude.ndim == 2 and magnitude.shape[0] == 1 and shape[0] > 1):
+            return None
+        fitted[MAGNITUDE] = (
+            magnitude.reshape(-1) if len(shape) == 2 else magnitude.reshape(1, -1, *[1] * (len(shape) - 2))
+        )
+    return fitted
+
+
+def _union(found: Iterable[Adapter], file: Path) -> Adapter:
+    """One adapter of several for the same part."""
+    first, *rest = found
+    for other in rest:
+        if other.kind != first.kind:
+            raise UserError(f"{file} mixes {first.kind} and {other.kind}; kinema reads files of one kind.")
+        first = Adapter(
+            first.kind,
+            first.state | other.state,
+            first.ranks | other.ranks,
+            first.alphas | other.alphas,
+            first.part,
+            first.on_input | other.on_input,
+        )
+    return first

@@ -46,6 +46,15 @@ class Slot:
     def is_list(self) -> bool:
         return get_origin(self.kind) is tuple
 
+    @property
+    def is_mapping(self) -> bool:
+        """Whether this is a table whose keys the user chooses."""
+        return get_origin(self.kind) is dict
+
+    def value(self) -> Slot:
+        """The place of a mapping's values."""
+        return slot_of(get_args(self.kind)[1])
+
     def accepts(self, kind: type) -> bool:
         """Whether a value of this plain type may stand here."""
         return self.kind is kind or any(alternative.accepts(kind) for alternative in self.alternatives)
@@ -86,6 +95,8 @@ def slot_at(path: KeyPath) -> Slot | None:
             slot = slot_of(field.annotation, tuple(field.metadata)) if field else None
         elif slot is not None and slot.is_list and isinstance(key, int):
             slot = slot.entry(key)
+        elif slot is not None and slot.is_mapping and isinstance(key, str):
+            slot = slot.value()
         else:
             return None
     return slot
@@ -114,6 +125,9 @@ def _kind(slot: Slot) -> str:
         return "a table"
     if slot.is_list:
         return _list(slot)
+    if slot.is_mapping:
+        value = slot.value()
+        return f"a table of {_PLURAL[value.kind]}{_range(value.bounds)}"
     if choices := slot.choices:
         quoted = [f'"{choice}"' for choice in choices]
         return quoted[0] if len(quoted) == 1 else "one of " + ", ".join(quoted)

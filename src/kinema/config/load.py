@@ -274,7 +274,7 @@ def _explain(error: ValidationError, data: Any, dates: list[KeyPath], origins: _
         path = next(loc[:count] for count in range(len(loc), -1, -1) if slot_at(loc[:count]) is not None)
         if kind == "contradiction":
             key = detail["ctx"]["key"]
-            path = (*path, key) if key else path
+            path = (*path, *key.split(".")) if key else path
             origins.report(path, f"{origins.name(path)}: {detail['ctx']['message']}")
         elif kind == "missing" and isinstance(path[-1], str):
             if path not in meant:

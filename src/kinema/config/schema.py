@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from kinema.config.layouts import AdapterType, LayoutName, default_layouts, why_not
+
 
 def _expand_home(path: Path) -> Path:
     return path.expanduser()
@@ -34,6 +36,11 @@ class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    def unread(self) -> dict[str, str]:
+        """Keys that the chosen type does not read, and why. To give one is an error; the resolved configuration leaves
+        them out."""
+        return {}
 
 
 def _refuse(key: str, message: str) -> PydanticCustomError:
@@ -57,6 +64,8 @@ class PartConfig(Section):
     """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, or a single file."""
     dtype: Dtype | None = None
     """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`."""
+    lr: float | None = Field(default=None, gt=0)
+    """Learning rate of this part, where it trains. Default: `optimizer.lr`."""
 
 
 class ModelConfig(Section):
@@ -68,16 +77,33 @@ class ModelConfig(Section):
     """A diffusers directory, a hub id, or a single checkpoint file in the original or ComfyUI layout."""
     revision: str | None = None
     """Revision of a hub id (branch, tag or commit)."""
+    train: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Parts that train, such as `["network"]`, or `["network", "text_encoder"]` where the family can train its text
+    encoders. Default: the network, or both where a model has two that share the noise levels."""
     network: PartConfig = PartConfig()
-    """The diffusion network."""
+    """The diffusion network; of two experts, the one for high noise."""
+    network_2: PartConfig = PartConfig()
+    """The second expert, for low noise, of models that have one."""
     autoencoder: PartConfig = PartConfig()
     """The autoencoder between pixels and latents."""
     text_encoder: PartConfig = PartConfig()
     """The text encoder; its tokenizer is looked for beside it."""
+    text_encoder_2: PartConfig = PartConfig()
+    """The second text encoder, of models that have several."""
+    text_encoder_3: PartConfig = PartConfig()
+    """The third text encoder."""
+    text_encoder_4: PartConfig = PartConfig()
+    """The fourth text encoder."""
     image_encoder: PartConfig = PartConfig()
     """The picture encoder of image-to-video variants."""
     tokenizer: PartConfig = PartConfig()
     """The tokenizer, where it is not beside the text encoder."""
+    tokenizer_2: PartConfig = PartConfig()
+    """The tokenizer of the second text encoder."""
+    tokenizer_3: PartConfig = PartConfig()
+    """The tokenizer of the third text encoder."""
+    tokenizer_4: PartConfig = PartConfig()
+    """The tokenizer of the fourth text encoder."""
     text_length: int | None = Field(default=None, gt=0)
     """Tokens of text that the network sees. Default: the family's."""
     posterior: Literal["sample", "mean"] = "sample"
@@ -87,29 +113,70 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    type: Literal["lora"] = "lora"
-    """Kind of adapter."""
+    type: AdapterType = "lora"
+    """`lora`; `dora`, a LoRA that trains the size of each output apart; `lokr`, a Kronecker product with fewer weights;
+    `ia3`, one factor for each output."""
     rank: int = Field(default=32, gt=0)
-    """Rank of the two factors."""
+    """Rank of the two factors; of `lokr`, of the larger matrix."""
     alpha: float | None = Field(default=None, gt=0)
-    """Scale numerator: the update is multiplied by alpha / rank. Default: the rank."""
+    """Scale numerator: the update is multiplied by alpha / rank. Default: the rank of each layer."""
+    rank_patterns: dict[str, Count] = {}
+    """Ranks of the layers that a pattern (see `targets`) matches, such as `{ "to_k|to_v" = 8 }`; the first that matches
+    counts."""
+    alpha_patterns: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alphas likewise."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input. Its draws, unlike all others, depend on the number of processes and on
-    `training.micro_batch_size`."""
-    targets: tuple[str, ...] | None = None
-    """Regular expressions over module names, matched from their end; default: the family's."""
+    """Dropout on the adapter's input, of `lora` and `dora`. Its draws, unlike all others, depend on the number of
+    processes and on `training.micro_batch_size`."""
+    rank_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the outputs that get no update in a step, of `lokr`. Drawn like `dropout`."""
+    decompose_factor: int | None = Field(default=None, gt=0)
+    """Size of the smaller matrix of `lokr`, where it divides a layer's sizes. Default: near their square roots."""
+    decompose_both: bool = False
+    """Write the smaller matrix of `lokr` as a product of two factors too, where it is large enough."""
+    input_targets: tuple[str, ...] = ()
+    """Patterns of the layers whose inputs `ia3` multiplies, instead of their outputs (its authors do so for the second
+    layer of each feed-forward network)."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Layers that are adapted, as patterns: regular expressions that match names from their end, at a dot, so that
+    `to_q` and `attn1.to_[qkv]` match `blocks.0.attn1.to_q`. Default: the family's."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of layers among them that are left as they are."""
     dtype: Dtype = "fp32"
     """Storage type of the adapter's weights while it trains."""
     init_from: UserPath | None = None
-    """Start from this adapter file (any of the layouts that kinema writes)."""
+    """Start from this adapter: a file or directory of any layout that kinema reads."""
+
+    def unread(self) -> dict[str, str]:
+        one_vector = "ia3 trains one factor for each output and has no rank"
+        other_kinds = {
+            "lora": ("rank_dropout", "decompose_factor", "decompose_both", "input_targets"),
+            "dora": ("rank_dropout", "decompose_factor", "decompose_both", "input_targets"),
+            "lokr": ("dropout", "input_targets"),
+            "ia3": ("dropout", "rank_dropout", "decompose_factor", "decompose_both"),
+        }
+        reasons = dict.fromkeys(("rank_dropout", "decompose_factor", "decompose_both"), "only lokr has it")
+        reasons |= {"dropout": "only lora and dora have it", "input_targets": "only ia3 has it"}
+        if self.type == "lokr":
+            reasons["dropout"] = "a Kronecker product has no inner input to drop; rank_dropout drops rows of the update"
+        found = {key: reasons[key] for key in other_kinds[self.type]}
+        if self.type == "ia3":
+            found |= dict.fromkeys(("rank", "alpha", "rank_patterns", "alpha_patterns"), one_vector)
+        return found
 
     @model_validator(mode="after")
-    def _targets_are_patterns(self) -> AdapterConfig:
-        for target in self.targets or ():
-            try:
-                re.compile(target)
-            except re.error as error:
-                raise _refuse("targets", f"'{target}' is no regular expression: {error}") from None
+    def _agree(self) -> AdapterConfig:
+        patterns = {"targets": self.targets or (), "exclude": self.exclude, "input_targets": self.input_targets}
+        patterns |= {"rank_patterns": tuple(self.rank_patterns), "alpha_patterns": tuple(self.alpha_patterns)}
+        for key, values in patterns.items():
+            for pattern in values:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise _refuse(key, f"'{pattern}' is no regular expression: {error}") from None
+        for key, reason in self.unread().items():
+            if key in self.model_fields_set:
+                raise _refuse(key, f'type = "{self.type}" does not read it: {reason}. Leave it out.')
         return self
 
 
@@ -171,8 +238,9 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     type: Literal["flow"] = "flow"
     """What is minimised."""
-    time: Literal["uniform", "logit_normal"] = "logit_normal"
-    """Distribution of t before the shift."""
+    time: Literal["uniform", "logit_normal", "native"] | None = None
+    """Distribution of t before the shift; `native`: the law that the family was trained with. Default: the
+    family's, which is `logit_normal` for flow models and `native` for older ones."""
     time_scale: float = Field(default=1.0, gt=0)
     """Standard deviation of the logit of t for `logit_normal`."""
     shift: Annotated[float, Field(gt=0)] | Literal["resolution"] | None = None
@@ -181,6 +249,11 @@ class ObjectiveConfig(Section):
     """Lower end of the time range that is trained."""
     t_max: float = Field(default=1.0, gt=0, le=1)
     """Upper end of the time range that is trained."""
+    weighting: Literal["none", "min_snr", "debiased", "edm"] | None = None
+    """Weight of the loss over t: `min_snr` (see `min_snr_gamma`), `debiased` (1 / sqrt of the signal-to-noise ratio)
+    or `edm` (for networks that predict the data). Default: the family's."""
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    """Signal-to-noise ratio above which `min_snr` stops to grow."""
     loss: Literal["mse", "huber"] = "mse"
     """Error measure; `huber` is the pseudo-Huber loss."""
     huber_delta: float = Field(default=0.1, gt=0)
@@ -287,9 +360,10 @@ class ExportConfig(Every):
 
     dtype: Dtype = "bf16"
     """Type of the saved weights."""
-    layouts: tuple[Literal["diffusers", "comfyui"], ...] = ("diffusers", "comfyui")
-    """`diffusers`: PEFT names, or a diffusers directory for full weights. `comfyui`: one file with the names that
-    ComfyUI reads."""
+    layouts: tuple[LayoutName, ...] | None = Field(default=None, min_length=1)
+    """`diffusers`: an adapter that its pipelines load, or a diffusers directory of a whole network. `comfyui`: one file
+    with the names that ComfyUI reads. Of adapters also `kohya` (names of Kohya's and LyCORIS' tools, with alpha) and
+    `peft` (a directory for PEFT). Default: the first two; `peft` for `ia3`, which they cannot hold."""
     keep: int | None = Field(default=None, gt=0)
     """Newest exports to keep; default: all."""
 
@@ -398,3 +472,17 @@ class Config(Section):
     """How the run is laid over devices; start several with torchrun."""
     monitoring: MonitoringConfig = MonitoringConfig()
     """What is written while training goes on."""
+
+    @property
+    def layouts(self) -> tuple[LayoutName, ...]:
+        """The layouts of the exports: `export.layouts`, or the default for what is trained."""
+        return self.export.layouts or default_layouts(self.adapter.type if self.adapter else None)
+
+    @model_validator(mode="after")
+    def _layouts_hold_what_trains(self) -> Config:
+        kind = self.adapter.type if self.adapter else None
+        for layout in self.layouts:
+            if reason := why_not(kind, layout):
+                what = "a whole network" if kind is None else f'an adapter of type "{kind}"'
+                raise _refuse("export.layouts", f"{layout} cannot hold {what}: {reason}.")
+        return self

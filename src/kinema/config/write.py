@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -21,10 +22,15 @@ def toml_value(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {toml_value(one)}" for key, one in value.items()) + " }"
+        pairs = ", ".join(f"{_key(key)} = {toml_value(one)}" for key, one in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(one) for one in value) + "]"
     return str(value)  # dates and times: only messages show them, no option takes one
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def to_toml(config: Config) -> str:
@@ -41,7 +47,10 @@ def _write_table(section: Section, path: str, header: str, needed: bool, blocks:
     """Append the block of a table and those of the tables in it; an empty one only if it is ``needed``."""
     lines: list[str] = []
     tables: list[tuple[Section, str, str, bool]] = []
+    unread = section.unread()
     for name, field in type(section).model_fields.items():
+        if name in unread:
+            continue
         value = getattr(section, name)
         inner = f"{path}.{name}" if path else name
         if isinstance(value, Section):

@@ -19,16 +19,21 @@ def build_optimizers(
     """Optimisers over the trained parameters (name -> parameter); together they take each exactly once.
 
     ``block_matrices`` names the 2-D weights inside the network's blocks, which Muon takes. Every group carries
-    ``peak_lr``; the loop sets ``lr = peak_lr * lr_factor``. Parameters with one dimension have no weight decay.
+    ``peak_lr``; the loop sets ``lr = peak_lr * lr_factor``. Vectors have no weight decay.
     """
     return BUILDERS[config.type](parameters, block_matrices, config)
+
+
+def is_vector(parameter: torch.nn.Parameter) -> bool:
+    """Whether all elements lie along one dimension: biases, scales of norms, factors of IA3 ([out, 1])."""
+    return parameter.ndim < 2 or parameter.numel() == max(parameter.shape)
 
 
 def _adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     import torch
 
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
+    decayed = [p for p in parameters.values() if not is_vector(p)]
+    plain = [p for p in parameters.values() if is_vector(p)]
     groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay, "peak_lr": config.lr}
         for params, decay in ((decayed, config.weight_decay), (plain, 0.0))

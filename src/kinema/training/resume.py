@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "model.tokenizer": "resets data",
     "adapter": "refused",
     "adapter.dropout": "announced",
+    "adapter.rank_dropout": "announced",
     "adapter.init_from": "announced",
     "run.seed": "refused",
     "data": "resets data",
@@ -87,7 +88,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) ->
     """Announcements for keys that changed between two resolved configurations; UserError listing every key that may
     not change, each with what would allow it."""
     announcements, refusals = [], []
-    dropout = (new.get("adapter") or {}).get("dropout", 0) > 0
+    adapter = new.get("adapter") or {}
+    dropout = max(adapter.get("dropout", 0), adapter.get("rank_dropout", 0)) > 0
     allowed = {"resets data": options.reset_data, "resets optimizer": options.reset_optimizer}
     for key, before, after in _differences(old, new):
         rule = _rule(key)

@@ -1,0 +1,100 @@
+"""``kinema merge``: adapters folded into base weights, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kinema.adapters.arithmetic import merged_weight
+from kinema.adapters.files import read_adapter
+from kinema.adapters.model import Model, empty_modules, open_model, write_checkpoint
+from kinema.adapters.state import Adapter
+from kinema.config.layouts import LayoutName
+from kinema.dtypes import torch_dtype
+from kinema.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An adapter and how far it is folded in."""
+
+    adapter: Adapter
+    factor: float
+    layers: frozenset[str]
+
+
+def merge(
+    base: str,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    to: LayoutName,
+    *,
+    family: str | None = None,
+    variant: str | None = None,
+    part: str = "network",
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+) -> list[str]:
+    """Write the weights of ``base`` with the adapters (files and factors) folded in; lines that say what was done.
+
+    Computed in fp32, a block in memory at a time. UserError for adapters that do not fit.
+    """
+    if not adapters:
+        raise UserError("Nothing to merge: name at least one --adapter FILE, or FILE:FACTOR.")
+    model = open_model(base, family, variant, part)
+    modules = empty_modules(model.family, part)
+    folded: list[Folded] = []
+    lines: list[str] = []
+    for path, factor in adapters:
+        found = read_adapter(path, model.family, modules).adapters
+        if part not in found:
+            raise UserError(f"{path} changes the {', '.join(found)}, not the {part}. Name what to merge with --part.")
+        folded.append(Folded(found[part], factor, frozenset(found[part].layers)))
+        lines.append(f"{path}: {found[part].kind} of {len(found[part].layers)} layers, factor {factor:g}")
+        others = [one for one in found if one != part]
+        lines += [f"  it also changes the {one}: merge that with --part {one}" for one in others]
+    weights = model.weights()
+    kind = None if dtype is None else torch_dtype(dtype)
+    write_checkpoint(
+        out,
+        to,
+        model,
+        weights,
+        lambda names: _merged(names, weights, folded, kind),
+        metadata=_metadata(model, adapters),
+        dtype=kind,
+        shard_bytes=round(shard_gb * 1e9),
+    )
+    return [f"{base}: the {part} of {model.name}", *lines, f"wrote {out} ({to})"]
+
+
+def _metadata(model: Model, adapters: Sequence[tuple[Path, float]]) -> dict[str, str]:
+    merged = ", ".join(f"{path.name}:{factor:g}" for path, factor in adapters)
+    return {"modelspec.architecture": model.name, "kinema.merged": merged}
+
+
+def _merged(
+    names: Sequence[str], weights: dict[str, Tensor], folded: Sequence[Folded], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """These tensors with every adapter folded in: each layer in fp32 until all have been, then in its type."""
+    import torch
+
+    state = {name: weights[name] for name in names}
+    for name in names:
+        layer, _, ending = name.rpartition(".")
+        ours = [one for one in folded if ending == "weight" and layer in one.layers]
+        if not ours:
+            continue
+        keys = [name, f"{layer}.bias"] if f"{layer}.bias" in state else [name]
+        values = [state[key].to(torch.promote_types(state[key].dtype, torch.float32)) for key in keys]
+        for one in ours:
+            bias = values[1] if len(values) > 1 else None
+            values = merged_weight(values[0], bias, one.adapter, layer, one.factor)
+        state |= {key: value.to(dtype or weights[key].dtype) for key, value in zip(keys, values, strict=True)}
+    return state
