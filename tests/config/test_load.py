@@ -320,3 +320,75 @@ def test_the_resolved_configuration_loads_to_an_equal_one(write: Write, tmp_path
         assert to_toml(load_config(Path("c.toml"))) == text
     assert config.checkpoint.every_minutes is None
     assert isinstance(config, Config)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "reason"),
+    [
+        ('type = "ia3"\nrank = 32', "rank", "has no rank"),
+        ('type = "ia3"\nalpha_patterns = { to_q = 2 }', "alpha_patterns", "has no rank"),
+        ('type = "lokr"\ndropout = 0.1', "dropout", "rank_dropout drops rows"),
+        ('type = "lokr"\ninput_targets = ["to_q"]', "input_targets", "only ia3 has it"),
+        ("decompose_factor = 8", "decompose_factor", "only lokr has it"),
+        ('type = "dora"\ndecompose_both = false', "decompose_both", "only lokr has it"),
+        ("rank_dropout = 0.1", "rank_dropout", "only lokr has it"),
+    ],
+)
+def test_an_option_that_the_adapters_type_does_not_read_is_an_error(write, lines, key, reason):
+    with pytest.raises(ConfigError, match=rf"c\.toml:\d+: adapter\.{key}: type = \"\w+\" does not read it: .*{reason}"):
+        load_config(write(GOOD.replace("[adapter]\n", f"[adapter]\n{lines}\n")))
+
+
+def test_tables_of_patterns_keep_their_order_and_come_back(write, tmp_path):
+    lines = "rank_patterns = { 'ffn\\..*' = 8, to_q = 4 }\nalpha_patterns = { \"to_[kv]\" = 1.5 }"
+    config = load_config(write(GOOD.replace("[adapter]\n", f"[adapter]\n{lines}\n")))
+    assert config.adapter is not None
+    assert list(config.adapter.rank_patterns.items()) == [(r"ffn\..*", 8), ("to_q", 4)]
+    assert config.adapter.alpha_patterns == {"to_[kv]": 1.5}
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(config))
+    assert load_config(again) == config
+    flags = parse_overrides(["--adapter.rank_patterns", "{ to_v = 2 }", "--adapter.alpha_patterns.to_q", "3"])
+    flagged = load_config(write(GOOD), flags).adapter
+    assert flagged is not None and (flagged.rank_patterns, flagged.alpha_patterns) == ({"to_v": 2}, {"to_q": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "rank_patterns = { to_q = 0 }",
+            r"adapter\.rank_patterns\.to_q: expected a whole number greater than 0, got 0",
+        ),
+        ("rank_patterns = 3", r"adapter\.rank_patterns: expected a table of whole numbers greater than 0, got 3"),
+        ("alpha_patterns = { 'to_(' = 2 }", r"adapter\.alpha_patterns: 'to_\(' is no regular expression"),
+        ("exclude = ['*']", r"adapter\.exclude: '\*' is no regular expression"),
+        ("targets = []", r"adapter\.targets: expected a list of texts, at least 1 of them"),
+    ],
+)
+def test_wrong_patterns_are_told(write, lines, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(GOOD.replace("[adapter]\n", f"[adapter]\n{lines}\n")))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "ia3"])
+def test_a_resolved_adapter_loads_again(write, tmp_path, kind):
+    config = load_config(write(GOOD.replace("[adapter]\n", f'[adapter]\ntype = "{kind}"\n')))
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(config))
+    assert load_config(again) == config
+    assert config.layouts == (("peft",) if kind == "ia3" else ("diffusers", "comfyui"))
+
+
+def test_layouts_that_cannot_hold_what_trains_are_told_at_their_line(write):
+    layouts = '[export]\nlayouts = ["peft", "kohya"]\n'
+    with pytest.raises(
+        ConfigError, match=r"c\.toml:\d+: export\.layouts: kohya cannot hold an adapter of type \"ia3\""
+    ):
+        load_config(write(GOOD.replace("[adapter]\n", '[adapter]\ntype = "ia3"\n') + layouts))
+    with pytest.raises(ConfigError, match=r"export\.layouts: peft cannot hold a whole network: its names are those of"):
+        load_config(write(GOOD + layouts), parse_overrides(["--adapter", "none"]))
+    assert load_config(write(GOOD + layouts)).layouts == ("peft", "kohya")

@@ -25,6 +25,7 @@ def _expand_home_text(path: str) -> str:
 
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Storage = Literal["fp32", "bf16", "fp16", "fp8"]
 Count = Annotated[int, Field(gt=0)]
 UserPath = Annotated[Path, AfterValidator(_expand_home)]
 """A path on this machine: relative to the current directory, `~` is the home directory."""
@@ -62,8 +63,10 @@ class RunConfig(Section):
 class PartConfig(Section):
     path: PathOrHub | None = None
     """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, or a single file."""
-    dtype: Dtype | None = None
-    """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`."""
+    dtype: Storage | None = None
+    """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`. `fp8`, for
+    parts that do not train (an adapter's base is one): linear layers are stored in float8 and used in the type of
+    the computation."""
     lr: float | None = Field(default=None, gt=0)
     """Learning rate of this part, where it trains. Default: `optimizer.lr`."""
 
@@ -276,7 +279,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay; parameters with one dimension have none."""
+    """Decoupled weight decay; vectors (biases, norms) have none."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Muon's momentum."""
     matrix_lr: float | None = Field(default=None, gt=0)
@@ -318,6 +321,8 @@ class TrainingConfig(Section):
     """Largest global gradient norm."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass."""
+    compile: bool = False
+    """Compile the repeated blocks (torch.compile, one compilation for all blocks of a kind)."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of samples that train with the empty caption."""
     ema: EmaConfig | None = None

@@ -75,8 +75,10 @@ def _template(name: str) -> str:
 def _lead(run: RunFiles) -> str:
     """One sentence: what was trained, and how far it is."""
     model = " ".join(str(run.setting(f"model.{key}")) for key in ("family", "variant") if run.setting(f"model.{key}"))
-    rank = run.setting("adapter.rank")
-    what = f"A LoRA of rank {rank} on {model}" if rank else f"A {model} network" if model else "A run"
+    what = f"A {model} network" if model else "A run"
+    if run.setting("adapter"):
+        adapter = _adapter(run)
+        what = f"{'An' if adapter.startswith('I') else 'A'} {adapter} on {model}"
     if run.setting("model.random_weights"):
         what += ", from random weights"
     total, steps = run.setting("training.steps"), [step for step, _ in run.series("loss")]
@@ -84,6 +86,14 @@ def _lead(run: RunFiles) -> str:
         return escape(f"{what}. No step is logged yet.")
     done = f"{steps[-1]:,.0f} of {total:,} steps" if total else f"{steps[-1]:,.0f} steps"
     return escape(f"{what}. {done}.")
+
+
+def _adapter(run: RunFiles) -> str:
+    """An adapter in words: "LoRA of rank 32"."""
+    kind = run.setting("adapter.type", "lora")
+    kind = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "ia3": "IA3 adapter"}.get(kind, kind)
+    rank = run.setting("adapter.rank")
+    return f"{kind} of rank {rank}" if rank else kind
 
 
 def _tiles(run: RunFiles) -> str:
@@ -285,7 +295,8 @@ def _configuration(run: RunFiles) -> str:
     get = run.setting
     sources = get("data.sources") or []
     adapter = get("adapter")
-    trains = f"LoRA, rank {get('adapter.rank')}, alpha {get('adapter.alpha') or get('adapter.rank')}"
+    alpha = get("adapter.alpha") or get("adapter.rank")
+    trains = _adapter(run) + (f", alpha {alpha}" if alpha else "")
     facts = [
         ("model", " ".join(str(get(f"model.{key}")) for key in ("family", "variant") if get(f"model.{key}"))),
         ("base weights", "none, the network is random" if get("model.random_weights") else get("model.path")),
