@@ -111,6 +111,12 @@ class ModelConfig(Section):
     """Tokens of text that the network sees. Default: the family's."""
     posterior: Literal["sample", "mean"] = "sample"
     """Latents are drawn from the autoencoder's posterior at every use, or its mean is taken."""
+    first_frame_p: float | None = Field(default=None, ge=0, le=1)
+    """Share of the clips whose first frame is given, clean and out of the loss, in families that see a time for each
+    frame. Default: 0 for text-to-video, 1 for image-to-video."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Guidance scale that networks with a guidance embedding are told in training. Default: the family's, which is 1
+    unless its authors train with another."""
     random_weights: bool = False
     """Start the network from random weights (its configuration is still read from `path`)."""
 
