@@ -117,6 +117,9 @@ class ModelConfig(Section):
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale that networks with a guidance embedding are told in training. Default: the family's, which is 1
     unless its authors train with another."""
+    bypass_guidance: bool = False
+    """Leave out what the guidance embedding adds, in training and in samples, as networks want it whose distillation
+    has been undone."""
     random_weights: bool = False
     """Start the network from random weights (its configuration is still read from `path`)."""
 
