@@ -315,12 +315,21 @@ def test_autoencoder(quant_convs: bool) -> None:
 
 def test_write_directory(tmp_path: Path) -> None:
     """A pipeline's own loader reads it, with the index naming the classes that published indices name."""
-    from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessorPil
 
-    from kinema.families.wan import Wan
-
-    index = json.loads((Wan.tiny(tmp_path / "wan", "i2v-14b-480p") / "model_index.json").read_text())
+    tokenizer = tiny.t5_tokenizer()
+    pipeline: Any = WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=tiny.umt5_encoder(tokenizer),
+        vae=AutoencoderKLWan(base_dim=4),
+        scheduler=UniPCMultistepScheduler(),
+        image_processor=CLIPImageProcessorPil(),
+        image_encoder=tiny.clip_vision(),
+    )
+    index = json.loads((tiny.write_directory(tmp_path / "wan", pipeline) / "model_index.json").read_text())
     assert index["image_processor"] == ["transformers", "CLIPImageProcessor"]
+    assert isinstance(WanImageToVideoPipeline.from_pretrained(tmp_path / "wan").image_processor, CLIPImageProcessorPil)
     with tiny.tiny_seed(0):
         processor = tiny.qwen25_vl_processor()
         pipeline = QwenImageEditPipeline(
