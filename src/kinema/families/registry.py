@@ -12,6 +12,7 @@ from kinema.families.base import Family
 from kinema.suggest import did_you_mean
 
 BUILT_IN: dict[str, str] = {
+    "qwen_image": "kinema.families.qwen_image:QwenImage",
     "wan": "kinema.families.wan:Wan",
 }
 
