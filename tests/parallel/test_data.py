@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cases
+import parallel_cases
 import pytest
 import torch
 
@@ -39,9 +39,9 @@ def world() -> World:
 
 def write_single(world: World, directory: Path) -> None:
     """Three steps of one process, saved: what the ranks resume from."""
-    wan = cases.prepared(world, cases.network())
-    optimizer, ema = cases.adamw(wan), Ema(named_trainables({"network": wan}).items(), 0.9)
-    cases.fit(world, wan, optimizer=optimizer, ema=ema)
+    wan = parallel_cases.prepared(world, parallel_cases.network())
+    optimizer, ema = parallel_cases.adamw(wan), Ema(named_trainables({"network": wan}).items(), 0.9)
+    parallel_cases.fit(world, wan, optimizer=optimizer, ema=ema)
     checkpointer = Checkpointer(directory / "single", 2, False, world)
     checkpointer.save(3, training_state({"network": wan}, [optimizer], ema), {"note": "single"})
     checkpointer.close()
@@ -52,7 +52,7 @@ def launch(world: World, directory: Path, ranks: int, plans: list[str]) -> Path:
     write_single(world, directory)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*command, str(Path(cases.__file__)), str(directory), *plans],
+        [*command, str(Path(parallel_cases.__file__)), str(directory), *plans],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -87,14 +87,14 @@ PLANS = pytest.mark.parametrize("plan", ["2x1", "1x2"])
 @PLANS
 @pytest.mark.parametrize("case", ["full", "accumulated", "lora", "autocast", "averaged"])
 def test_equals_one_process(two: Path, world: World, tmp_path: Path, plan: str, case: str) -> None:
-    got, want = result(two, plan, case), getattr(cases, case)(world, tmp_path)
+    got, want = result(two, plan, case), getattr(parallel_cases, case)(world, tmp_path)
     # FSDP2's hooks change the order in which autograd sums the gradients of the text, in bf16 under autocast.
     assert_same_training(got, want, rel=1e-2 if case == "autocast" else 1e-5)
     if case == "averaged":
         torch.testing.assert_close(got["swapped"], want["swapped"], rtol=1e-4, atol=1e-5)
         assert (got["own"] - got["swapped"]).abs().min() > 1e-3  # the averages were really in the network
     else:
-        start_weights = cases.network(lora=case == "lora").state_dict()
+        start_weights = parallel_cases.network(lora=case == "lora").state_dict()
         moved = [(weight - start_weights[name]).norm() for name, weight in got["weights"].items()]
         assert all(distance > 1e-3 for distance in moved)
 
@@ -111,12 +111,12 @@ def test_resume_across_numbers_of_ranks(two: Path, world: World, plan: str, tmp_
     assert got["meta"] == {"note": "single"}
 
     def fresh() -> tuple[Any, ...]:
-        wan = cases.prepared(world, cases.network())
-        return wan, cases.adamw(wan), Ema(named_trainables({"network": wan}).items(), 0.9)
+        wan = parallel_cases.prepared(world, parallel_cases.network())
+        return wan, parallel_cases.adamw(wan), Ema(named_trainables({"network": wan}).items(), 0.9)
 
     wan, optimizer, ema = fresh()
-    norms = cases.fit(world, wan, steps=6, optimizer=optimizer, ema=ema)
-    want = {"norms": norms[3:], "weights": cases.whole(dict(wan.named_parameters()))}
+    norms = parallel_cases.fit(world, wan, steps=6, optimizer=optimizer, ema=ema)
+    want = {"norms": norms[3:], "weights": parallel_cases.whole(dict(wan.named_parameters()))}
     assert_same_training(got, want)
 
     loaded, loaded_optimizer, loaded_ema = fresh()
@@ -126,8 +126,8 @@ def test_resume_across_numbers_of_ranks(two: Path, world: World, plan: str, tmp_
     assert meta["norms"] == got["norms"]
     for name, weight in loaded.named_parameters():
         assert torch.equal(weight, got["weights"][name]), name
-    norms = cases.fit(world, wan, first=6, optimizer=optimizer, ema=ema)
-    loaded_norms = cases.fit(world, loaded, first=6, optimizer=loaded_optimizer, ema=loaded_ema)
+    norms = parallel_cases.fit(world, wan, first=6, optimizer=optimizer, ema=ema)
+    loaded_norms = parallel_cases.fit(world, loaded, first=6, optimizer=loaded_optimizer, ema=loaded_ema)
     assert_same_training(
         {"norms": loaded_norms, "weights": loaded_ema.state()}, {"norms": norms, "weights": ema.state()}
     )
@@ -180,7 +180,7 @@ def test_collectives(two: Path) -> None:
 def test_four_ranks(world: World, tmp_path: Path, plan: str) -> None:
     launch(world, tmp_path, 4, [plan])
     for case in ("full", "accumulated", "lora", "averaged"):
-        assert_same_training(result(tmp_path, plan, case), getattr(cases, case)(world, tmp_path))
+        assert_same_training(result(tmp_path, plan, case), getattr(parallel_cases, case)(world, tmp_path))
     assert result(tmp_path, plan, "not_finite")["finite"] == [False] * 4
 
 
@@ -188,7 +188,7 @@ def test_sharding_needs_one_type() -> None:
     """Seen before any communication."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    wan = cases.network()
+    wan = parallel_cases.network()
     wan.proj_out.to(torch.bfloat16)
     world = replace(start(ParallelConfig(), "cpu"), dp_shard=2, mesh=object.__new__(DeviceMesh))
     with pytest.raises(UserError, match=r"bfloat16 and float32.*dp_shard = 2.*model\.network\.dtype"):

@@ -189,7 +189,7 @@ class Family(ABC):
         small, and what they lose in a shorter type is seen. So latents do not depend on the type of the training.
         """
         configured = getattr(self.config, part, PartConfig()).dtype
-        if configured is not None:
+        if configured not in (None, "fp8"):  # float8 is how it is stored; what it computes in is as without it
             return torch_dtype(configured)
         return compute if part.startswith(("network", "text_encoder")) else torch_dtype("fp32")
 

@@ -47,6 +47,8 @@ class StandardFamily(Family):
     """Every part that some variant has, by its name."""
     network_layout: ClassVar[Layout]
     """The original layout of the network."""
+    high_precision: ClassVar[tuple[str, ...]] = ()
+    """Words in the names of layers inside the blocks that float8 storage leaves alone."""
     encoding_version: ClassVar[str]
     """Part of every fingerprint: change it when the same weights are made to encode something else."""
 
@@ -140,7 +142,7 @@ class StandardFamily(Family):
 
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         configured = part_config(self.config, part).dtype
-        if configured is not None:
+        if configured not in (None, "fp8"):
             dtype = torch_dtype(configured)
         source = self.source(part)
         if self._is_drawn(part):
@@ -150,7 +152,21 @@ class StandardFamily(Family):
         if (loader := self.parts[part].load) is not None:
             return loader(source)
         kind = next((kind for kind in SMALL_LOADERS if part.startswith(kind)), None)
-        return load_weights(source, device, dtype) if kind is None else SMALL_LOADERS[kind](source)
+        if kind is not None:
+            return SMALL_LOADERS[kind](source)
+        if configured == "fp8":  # rounded in this machine's memory: the device never holds the wider weights
+            return self._in_float8(load_weights(source, "cpu", dtype), part, dtype).to(device)
+        return load_weights(source, device, dtype)
+
+    def _in_float8(self, module: nn.Module, part: str, dtype: torch.dtype | None) -> nn.Module:
+        from kinema.networks.float8 import store_float8
+
+        exact = kept_in_float32(module, dtype)
+        if part.startswith("network"):
+            store_float8(self.blocks(module).values(), exact | set(self.high_precision))
+        else:
+            store_float8([module], exact | {"lm_head"})
+        return module
 
     def empty(self, part: str) -> nn.Module:
         found = self._find(part, weights=False)
@@ -199,7 +215,7 @@ class StandardFamily(Family):
     def validate(self, config: Config) -> None:
         check_sizes(config, self.variant)
         self._check_trained(config)
-        for part in self.variant.parts:
+        for part in self.needed_parts(config):
             own, near = (part_config(config.model, name).path for name in (part, self.parts[part].beside or part))
             if is_hub_id(own) or (own is None and (is_hub_id(near) or is_hub_id(config.model.path))):
                 continue  # fetched when work starts
@@ -208,8 +224,25 @@ class StandardFamily(Family):
             if self._find(part) is None and (needs_files or shipped is None):
                 raise ConfigError(self._nowhere(part))
 
+    def needed_parts(self, config: Config) -> tuple[str, ...]:
+        """The parts that have to be there for this configuration."""
+        return self.variant.parts
+
     def _check_trained(self, config: Config) -> None:
         known = self.trainable_parts()
+        for part in self.trained_parts():
+            if part_config(config.model, part).dtype != "fp8":
+                continue
+            if config.adapter is None:
+                raise ConfigError(
+                    f'model.{part}.dtype: "fp8" stores weights that do not train, and the whole {part} trains here. '
+                    "Add an [adapter], or choose bf16 or fp32."
+                )
+            if isinstance(config.parallel.dp_shard, int) and config.parallel.dp_shard > 1:
+                raise ConfigError(
+                    f'model.{part}.dtype: FSDP2 shards blocks whose weights have one type, which a base in "fp8" has '
+                    "not. Set parallel.dp_shard = 1, or choose bf16."
+                )
         for part in config.model.train or ():
             if part not in known:
                 raise ConfigError(
@@ -299,8 +332,9 @@ def latent_statistics(autoencoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     factor = getattr(config, "scaling_factor", None) or 1.0
     mean = getattr(config, "latents_mean", None)
     std = getattr(config, "latents_std", None)
-    if mean is None and hasattr(autoencoder, "latents_mean"):  # LTX keeps them as buffers
-        mean, std = autoencoder.latents_mean.tolist(), autoencoder.latents_std.tolist()
+    buffers = dict(autoencoder.named_buffers(recurse=False))
+    if mean is None and "latents_mean" in buffers:  # LTX keeps them so
+        mean, std = buffers["latents_mean"].tolist(), buffers["latents_std"].tolist()
     if mean is None:
         mean = [getattr(config, "shift_factor", None) or 0.0]
     offset = like.new_tensor(mean).view(shape)

@@ -28,8 +28,8 @@ class FamilyDenoiser:
 
     family: Family
     networks: Mapping[str, nn.Module]
-    part: str = "network"
-    """Which of them predicts, once it is chosen."""
+    part: str | None = None
+    """Which of them predicts, once it is chosen; there is no choice where there is one."""
 
     @property
     def path(self) -> NoisePath:
@@ -42,7 +42,7 @@ class FamilyDenoiser:
     @property
     def time_range(self) -> tuple[float, float]:
         """Before one expert is chosen, the times of all."""
-        parts = (self.part,) if self.part in self.networks else self.experts
+        parts = self.experts if self.part is None else (self.part,)
         ranges = [self.family.time_range(part) for part in parts]
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
@@ -58,7 +58,8 @@ class FamilyDenoiser:
         return self.family.tokens(latents)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        return self.family.predict(self.networks[self.part], x_t, t, conditioning)
+        part = self.part or next(iter(self.experts))
+        return self.family.predict(self.networks[part], x_t, t, conditioning)
 
 
 def check_networks(config: Config, family: Family) -> Plans:
@@ -86,14 +87,16 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     copy until its shards are made.
     """
     from kinema.memory.checkpointing import checkpoint_blocks
+    from kinema.memory.compile import compile_blocks
     from kinema.parallel.data import shard
 
     networks: dict[str, nn.Module] = {}
     plans = check_networks(config, family) if config.adapter is not None else {}
     place = world.device if world.dp_shard == 1 else "cpu"
     for part in family.trained_parts():
-        configured = getattr(config.model, part).dtype
-        stored = configured or ("fp32" if config.adapter is None else config.training.precision)
+        stored = getattr(config.model, part).dtype
+        if stored in (None, "fp8"):  # the latter is the family's to see to
+            stored = "fp32" if config.adapter is None else config.training.precision
         network: nn.Module = family.load(part, place, torch_dtype(stored))
         network.train()
         if config.adapter is None:
@@ -102,6 +105,8 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
             _adapt(network, config, family, part, plans[part])
         if config.training.activation_checkpointing:
             checkpoint_blocks(family.blocks(network))
+        if config.training.compile:
+            compile_blocks(family.blocks(network))
         shard(network, family.blocks(network), world)
         networks[part] = network
     return networks

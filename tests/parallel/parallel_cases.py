@@ -1,7 +1,7 @@
 """Trainings that must not depend on how many processes run them, each a function of a World.
 
 Run by torchrun it goes through all of them and leaves each result of rank 0 in a directory; the tests run the same
-functions in one process and compare: ``torchrun --nproc-per-node 2 cases.py DIRECTORY``.
+functions in one process and compare: ``torchrun --nproc-per-node 2 parallel_cases.py DIRECTORY``.
 """
 
 from __future__ import annotations

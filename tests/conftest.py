@@ -1,0 +1,37 @@
+"""``--families-table PAGE`` writes the proofs of families into a page of the documentation, from this very run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families-table", type=Path, help="page whose table of proofs this run writes")
+
+
+class ProofTable:
+    """Collects the outcome of every proof; with several workers, on the process that leads them."""
+
+    def __init__(self, page: Path) -> None:
+        self.page = page
+        self.reports: list[tuple[str, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.reports.append((report.nodeid, report.outcome))
+
+    def pytest_sessionfinish(self) -> None:
+        sys.path.insert(0, str(Path(__file__).parent / "families"))
+        import report_table
+
+        found = report_table.outcomes(self.reports)
+        report_table.write(self.page, report_table.table(found, sorted(found)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    page = config.getoption("--families-table")
+    if page is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ProofTable(page), "proof-table")

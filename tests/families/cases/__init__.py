@@ -1,0 +1,1 @@
+"""One module a family: ``CASES``, its entries in the suite."""
