@@ -1,0 +1,1 @@
+"""Networks that diffusers lacks, under the parameter names of their published checkpoints."""
