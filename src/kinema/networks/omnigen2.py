@@ -60,9 +60,7 @@ class OmniGen2AttnProcessor:
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor:
         """``hidden_states`` [B, S, D], ``attention_mask`` bool [B, S], True for the keys that are seen; -> [B, S, D].
-
-        ``encoder_hidden_states`` is what keys and values are made of; by default ``hidden_states`` too.
-        """
+        ``encoder_hidden_states``: what keys and values are made of, by default the same."""
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         head_dim = attn.inner_dim // attn.heads
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (-1, head_dim)))
