@@ -12,7 +12,12 @@ from kinema.families.base import Family
 from kinema.suggest import did_you_mean
 
 BUILT_IN: dict[str, str] = {
+    "z_image": "kinema.families.z_image:ZImage",
+    "flux": "kinema.families.flux:Flux",
+    "chroma": "kinema.families.chroma:Chroma",
     "qwen_image": "kinema.families.qwen_image:QwenImage",
+    "sd3": "kinema.families.sd3:SD3",
+    "ltx_video": "kinema.families.ltx_video:LTXVideo",
     "wan": "kinema.families.wan:Wan",
 }
 
