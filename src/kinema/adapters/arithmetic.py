@@ -62,7 +62,7 @@ def kronecker(factors: dict[str, Tensor]) -> Tensor:
         second = torch.einsum("pj...,jr->pr...", product, factors["lokr_w2_b"])
     else:
         second = factors["lokr_w2_a"] @ factors["lokr_w2_b"]
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
 
 
 def _multiplied(tensors: list[Tensor], adapter: Adapter, layer: str) -> list[Tensor]:

@@ -102,7 +102,7 @@ def _initialise(network: nn.Module, seed: int, dtype: torch.dtype) -> None:
     for name, parameter in adapter_parameters(network).items():
         layer, ending = split_name(name)
         if ending == MAGNITUDE:
-            value = _norms(network.get_submodule(layer))
+            value = _norms(network.get_submodule(layer), dtype)
         elif ending == IA3:
             value = torch.ones(parameter.shape)
         else:
@@ -113,11 +113,10 @@ def _initialise(network: nn.Module, seed: int, dtype: torch.dtype) -> None:
         parameter.data = value.to(parameter.device, dtype)
 
 
-def _norms(layer: Any) -> Tensor:
-    """As peft's forward computes them where the update is zero, rounding included, so that their ratio is 1."""
-    weight = layer.get_base_layer().weight.detach()
-    zero = weight.new_zeros(())
-    return layer.lora_magnitude_vector[SLOT].get_weight_norm(weight, zero, 1.0)
+def _norms(layer: Any, dtype: torch.dtype) -> Tensor:
+    """As peft's forward computes them where the update is zero, in the adapter's type, so that their ratio is 1."""
+    weight = layer.get_base_layer().weight.detach().to(dtype)
+    return layer.lora_magnitude_vector[SLOT].get_weight_norm(weight, weight.new_zeros(()), 1.0)
 
 
 _IN_PEFT = re.compile(

@@ -155,8 +155,11 @@ def lycoris_alpha(adapter: Adapter, layer: str) -> float | None:
 
 def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The factors with the scale in one of them."""
+    import torch
+
     key = next(key for key in (LORA_B, "lokr_w1", "lokr_w1_a") if key in factors)
-    return dict(factors) if scale == 1 else {**factors, key: factors[key].float() * scale}
+    exact = torch.promote_types(factors[key].dtype, torch.float32)
+    return dict(factors) if scale == 1 else {**factors, key: factors[key].to(exact) * scale}
 
 
 def _dora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,11 +17,9 @@ _REASONS: dict[tuple[AdapterType, LayoutName], str] = {
 
 def why_not(kind: AdapterType | None, layout: LayoutName) -> str | None:
     """Why a layout cannot hold an adapter of this kind, or (None) a whole network; None if it can."""
-    if kind is None:
-        return (
-            "its names are for adapters, and a whole network is to be written" if layout in ("kohya", "peft") else None
-        )
-    return _REASONS.get((kind, layout))
+    if kind is not None:
+        return _REASONS.get((kind, layout))
+    return "its names are those of adapters" if layout in ("kohya", "peft") else None
 
 
 def default_layouts(kind: AdapterType | None) -> tuple[LayoutName, ...]:
