@@ -75,6 +75,9 @@ class Case:
         """Components of the pipeline, by its names, that diffusers cannot load here by itself."""
         return {}
 
+    def mend(self, pipeline: Any) -> None:
+        """Undo what diffusers' pipeline is known to do wrong; say which of its issues it is."""
+
     def arguments(self, guided: bool) -> dict[str, Any]:
         """The pipeline call's further arguments. ``guided`` False turns classifier-free guidance off, so that the
         network is called once a step, for the prompt alone."""
@@ -184,6 +187,7 @@ def their_pipeline(case: Case, family: Family, directory: Path) -> Any:
     given = case.components(family, directory)
     pipeline = getattr(diffusers, family.variant.pipeline).from_pretrained(directory, **given)
     pipeline.set_progress_bar_config(disable=True)
+    case.mend(pipeline)
     return pipeline
 
 
