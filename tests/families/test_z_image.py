@@ -1,0 +1,68 @@
+"""Z-Image: what the suite cannot see."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import batch_of
+
+from kinema.config.schema import ModelConfig
+from kinema.data.batch import Sample
+from kinema.families.layout import LoraFactors
+from kinema.families.loading import CONFIGS
+from kinema.families.registry import open_family
+from kinema.families.z_image import NETWORK, ZImage
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ZImage.tiny(tmp_path_factory.mktemp("tiny"), "base", seed=3)
+
+
+def test_texts_of_several_lengths_do_not_see_each_other(tiny: Path) -> None:
+    family = open_family(ModelConfig(family="z_image", variant="base", path=str(tiny)))
+    network = family.load("network", "cpu", torch.float32)
+    x_t, t = torch.randn(2, 16, 1, 4, 6), torch.tensor([0.3, 0.8])
+    rows = [{"text": torch.randn(length, 32), "latents": torch.randn(16, 1, 4, 6)} for length in (3, 40)]
+    with torch.no_grad():
+        both = family.predict(network, x_t, t, family.prepare(batch_of(*rows)).conditioning)
+        for i, row in enumerate(rows):
+            alone = family.predict(network, x_t[i : i + 1], t[i : i + 1], family.prepare(batch_of(row)).conditioning)
+            torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_long_captions_are_cut_with_a_warning(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = open_family(ModelConfig(family="z_image", variant="base", path=str(tiny), text_length=20))
+    encoding = family.encodings()[0]
+    parts = {part: family.load(part, "cpu", torch.float32) for part in encoding.parts}
+    with caplog.at_level(logging.WARNING):
+        short, long = family.encode(encoding, parts, [Sample("a red ball"), Sample("a red ball " * 30)])
+    assert len(caplog.messages) == 1 and "are cut: a red ball" in caplog.messages[0]
+    assert len(short["text"]) < 20 and long["text"].shape == (20, 32)
+
+
+@pytest.mark.parametrize("variant", ["base", "turbo"])
+def test_variant_of_a_directory(tmp_path: Path, variant: str) -> None:
+    """Their networks are alike: the schedulers tell."""
+    shipped = CONFIGS / "z_image"
+    shutil.copytree(shipped / "transformer", tmp_path / "transformer")
+    shutil.copytree(shipped / variant / "scheduler", tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
+    assert open_family(ModelConfig(family="z_image", path=str(tmp_path))).variant.name == variant
+
+
+def test_adapters_are_named_as_the_community_names_them() -> None:
+    """Written by the authors' layers, which ComfyUI and diffusers read; read by ComfyUI's fused layers too."""
+    layer = "layers.3.attention.to_k"
+    factors = LoraFactors(torch.randn(2, 6), torch.randn(6, 2), 2.0)
+    assert NETWORK.adapter_to_original({layer: factors}) == {layer: factors}
+    fused = LoraFactors(torch.randn(2, 6), torch.randn(18, 2), 2.0)
+    split = NETWORK.adapter_from_original({"layers.3.attention.qkv": fused})
+    assert list(split) == [f"layers.3.attention.to_{x}" for x in "qkv"]
+    whole = torch.cat([one.scale * one.B @ one.A for one in split.values()])
+    torch.testing.assert_close(whole, fused.scale * fused.B @ fused.A)
