@@ -177,7 +177,10 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="Variant of --model; needed for a single file.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to lead away from.")] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="First frame of a video, or a picture to edit; may be repeated."),
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length; 1 makes a picture.")] = None,
@@ -203,6 +206,7 @@ def sample(
     """
     options = dict(locals())
     options["adapter"] = adapter or []
+    options["images"] = options.pop("image") or []
     from kinema.sampling.command import sample as run_sampling
 
     run_sampling(**options)
@@ -303,7 +307,7 @@ def convert(
     """Write an adapter or a network in another layout or type."""
     from kinema.adapters.convert import convert as run_convert
 
-    place = {"family": family, "variant": variant, "part": part}
+    place: dict[str, Any] = {"family": family, "variant": variant, "part": part}
     _lines(run_convert(source, out, to, **place, base=base, dtype=dtype, shard_gb=shard_size))
 
 
@@ -324,7 +328,7 @@ def merge(
     from kinema.sampling.weights import adapter_option
 
     files = [adapter_option(one) for one in adapter]
-    place = {"family": family, "variant": variant, "part": part}
+    place: dict[str, Any] = {"family": family, "variant": variant, "part": part}
     _lines(run_merge(model, files, out, to, **place, dtype=dtype, shard_gb=shard_size))
 
 
@@ -351,8 +355,8 @@ def extract(
     """
     from kinema.adapters.extract import extract as run_extract
 
-    place = {"family": family, "variant": variant, "part": part}
-    amount = {"rank": rank, "energy": energy, "targets": tuple(target or ())}
+    place: dict[str, Any] = {"family": family, "variant": variant, "part": part}
+    amount: dict[str, Any] = {"rank": rank, "energy": energy, "targets": tuple(target or ())}
     _lines(run_extract(base, tuned, out, to, **amount, **place, dtype=dtype, device=device))
 
 

@@ -48,8 +48,8 @@ def convert(
     if is_adapter(source):
         path = Path(source).expanduser()
         if base is not None:
-            model = open_model(base, family, variant, part).family
-            found: tuple[Family, AdapterFile] = model, read_adapter(path, model, empty_modules(model, part))
+            owner = open_model(base, family, variant, part).family
+            found: tuple[Family, AdapterFile] = owner, read_adapter(path, owner, empty_modules(owner, part))
         else:
             found = find_adapter(path, family, variant, part)
         return _convert_adapter(path, out, to, *found, kind)

@@ -96,8 +96,8 @@ def locate(path: Path) -> list[Path]:
         if found := sorted(folder.glob(PEFT_FILE)) or sorted(folder.glob(f"*/{PEFT_FILE}")):
             return found
     files = sorted(path.glob("*.safetensors"))
-    for folder in ("comfyui", "kohya"):
-        files = files or sorted((path / folder).glob("*.safetensors"))
+    for name in ("comfyui", "kohya"):
+        files = files or sorted((path / name).glob("*.safetensors"))
     stems = {re.sub(r"-expert(_\d)?$", "", file.stem) for file in files}
     if not files or (len(files) > 1 and len(stems) > 1):
         found_names = ", ".join(file.name for file in files) or "none"
@@ -148,8 +148,8 @@ class _Reading:
         layers: dict[str, dict[str, Tensor]] = {}
         strange = [name for name in self.tensors if split(name) is None]
         for name, value in self.tensors.items():
-            if (place := split(name)) is not None:
-                layers.setdefault(place[0], {})[place[1]] = value
+            if (words := split(name)) is not None:
+                layers.setdefault(words[0], {})[words[1]] = value
         if strange or not layers:
             what = f"{len(strange)} tensors are none, for instance {min(strange)}" if strange else "it has no tensor"
             raise UserError(
@@ -205,7 +205,7 @@ class _Reading:
     def _network(self) -> str:
         """The part that names without a part belong to: what the header says, else the first."""
         said = self.metadata.get(PART)
-        return said if said in self.modules else next(iter(self.modules))
+        return said if said is not None and said in self.modules else next(iter(self.modules))
 
     def _flat_table(self) -> dict[str, Layer]:
         if not self.flat:
