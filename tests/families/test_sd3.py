@@ -85,8 +85,8 @@ def config_of(directory: Path, buckets: dict, **model: object) -> Config:
 @pytest.mark.parametrize(
     ("buckets", "model", "message"),
     [
-        ({"sizes": [[64, 512]]}, {}, r"data\.buckets: sides of 512 pixels .* which is 256"),
-        ({"resolutions": [224]}, {}, r"data\.buckets: sides of 317 pixels"),
+        ({"sizes": [[64, 512]]}, {}, r"data\.buckets\.sizes: a side of 512 pixels .* which is 256"),
+        ({"resolutions": [224]}, {}, r"data\.buckets\.resolutions: a side of 316 pixels"),
         ({"sizes": [[64, 100]]}, {}, r"100 is no multiple of 16"),
         ({"sizes": [[64, 64]]}, {"text_length": 600}, r"model\.text_length: .* at most 512 tokens of T5, not 600"),
     ],

@@ -16,6 +16,7 @@ BUILT_IN: dict[str, str] = {
     "flux": "kinema.families.flux:Flux",
     "chroma": "kinema.families.chroma:Chroma",
     "qwen_image": "kinema.families.qwen_image:QwenImage",
+    "aura_flow": "kinema.families.aura_flow:AuraFlow",
     "sd3": "kinema.families.sd3:SD3",
     "ltx_video": "kinema.families.ltx_video:LTXVideo",
     "wan": "kinema.families.wan:Wan",

@@ -7,7 +7,6 @@ diffusers' StableDiffusion3Pipeline.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +29,7 @@ from kinema.families.parts import (
     T5_TOKENIZER,
     T5_XXL,
 )
+from kinema.families.positions import check_sides
 from kinema.families.sd3_layout import network_from_original, network_layout
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import tensor_shapes
@@ -196,15 +196,7 @@ class SD3(StandardFamily):
                 f"model.text_length: {self.variant.name} takes at most {MOST_TEXT} tokens of T5, not "
                 f"{self.text_length}. Give fewer, or leave the key out for {T5_LENGTH}."
             )
-        most = int(self.source("network").config["pos_embed_max_size"]) * PIXELS_A_TOKEN
-        sides = [side for size in config.data.buckets.sizes or () for side in size]
-        widest = math.sqrt(max(config.data.buckets.max_aspect, 1 / config.data.buckets.min_aspect))
-        sides += [] if config.data.buckets.sizes else [round(r * widest) for r in config.data.buckets.resolutions]
-        if sides and max(sides) > most:
-            raise ConfigError(
-                f"data.buckets: sides of {max(sides)} pixels are longer than {self.variant.name} has positions for, "
-                f"which is {most}. Give smaller sizes or resolutions."
-            )
+        check_sides(config, self.variant, int(self.source("network").config["pos_embed_max_size"]) * PIXELS_A_TOKEN)
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:
