@@ -52,6 +52,10 @@ class StandardFamily(Family):
     encoding_version: ClassVar[str]
     """Part of every fingerprint: change it when the same weights are made to encode something else."""
 
+    def spec(self, part: str) -> PartSpec:
+        """One part as this variant has it; families whose variants differ in a part override this."""
+        return self.parts[part]
+
     # -- which variant ---------------------------------------------------------------------------------------------
 
     @property
@@ -93,10 +97,10 @@ class StandardFamily(Family):
     def _fitting(self, described: Mapping[str, Any]) -> list[str]:
         """Variants whose shipped configuration of the network agrees with this one."""
         fitting: list[str] = []
-        if not self.parts["network"].model.endswith(f":{described.get('_class_name')}"):
+        if not self.spec("network").model.endswith(f":{described.get('_class_name')}"):
             return fitting
         for name in self.variants:
-            path = self._shipped(name, self.parts["network"])
+            path = self._shipped(name, self.spec("network"))
             shipped = read_json(path) if path is not None else {}
             settings = {key: value for key, value in shipped.items() if not key.startswith("_")}
             if settings and all(described.get(key, value) == value for key, value in settings.items()):
@@ -111,7 +115,7 @@ class StandardFamily(Family):
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def _find(self, part: str, *, weights: bool = True) -> Found | None:
-        return find(self.config, part, self.parts[part], weights=weights)
+        return find(self.config, part, self.spec(part), weights=weights)
 
     def _config_file(self, part: str, found: Found | None) -> Path | None:
         """The part's configuration file: beside its weights, else (a single file) in the model's directory."""
@@ -120,7 +124,7 @@ class StandardFamily(Family):
         if part_config(self.config, part).path is None or self.config.path is None:
             return None
         model = self.config.model_copy(update={part: PartConfig()})
-        of_model = find(model, part, self.parts[part], weights=False)
+        of_model = find(model, part, self.spec(part), weights=False)
         return of_model.config if of_model else None
 
     def _shipped(self, variant: str, spec: PartSpec) -> Path | None:
@@ -133,9 +137,9 @@ class StandardFamily(Family):
         """Where a part lies and its configuration; UserError if there is neither a file nor a shipped one."""
         assert part in self.variant.parts, f"{self.variant.name} has no part {part}"
         found = self._find(part, weights=not self._is_drawn(part))
-        shipped = self._shipped(self.variant.name, self.parts[part])
+        shipped = self._shipped(self.variant.name, self.spec(part))
         model = f"{self.name} {self.variant.name}"
-        return with_config(self.parts[part], found, self._config_file(part, found), shipped, model)
+        return with_config(self.spec(part), found, self._config_file(part, found), shipped, model)
 
     def _is_drawn(self, part: str) -> bool:
         return part.startswith("network") and self.config.random_weights
@@ -147,9 +151,9 @@ class StandardFamily(Family):
         source = self.source(part)
         if self._is_drawn(part):
             return self._drawn(source, derive_seed(self.seed, "random_weights", part), device, dtype)
-        if source.found is None and (self.parts[part].model or (part.startswith("tokenizer") and not source.config)):
+        if source.found is None and (self.spec(part).model or (part.startswith("tokenizer") and not source.config)):
             raise UserError(self._nowhere(part))
-        if (loader := self.parts[part].load) is not None:
+        if (loader := self.spec(part).load) is not None:
             return loader(source)
         kind = next((kind for kind in SMALL_LOADERS if part.startswith(kind)), None)
         if kind is not None:
@@ -170,8 +174,8 @@ class StandardFamily(Family):
 
     def empty(self, part: str) -> nn.Module:
         found = self._find(part, weights=False)
-        shipped = self._shipped(self.variant.name, self.parts[part])
-        source = with_config(self.parts[part], found, self._config_file(part, found), shipped, self.name)
+        shipped = self._shipped(self.variant.name, self.spec(part))
+        source = with_config(self.spec(part), found, self._config_file(part, found), shipped, self.name)
         return build(source.spec, source.config, empty=True).eval().requires_grad_(False)
 
     def _drawn(self, source: Source, seed: int, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -193,7 +197,7 @@ class StandardFamily(Family):
         """Draw the weights that its authors start training from; by default those that its class draws."""
 
     def _nowhere(self, part: str) -> str:
-        spec = self.parts[part]
+        spec = self.spec(part)
         near = f", put it beside model.{spec.beside}.path" if spec.beside else ""
         return (
             f"model.{part}.path: there is nowhere to load the {spec.what} from. Give its path or a hub id "
@@ -216,11 +220,11 @@ class StandardFamily(Family):
         check_sizes(config, self.variant)
         self._check_trained(config)
         for part in self.needed_parts(config):
-            own, near = (part_config(config.model, name).path for name in (part, self.parts[part].beside or part))
+            own, near = (part_config(config.model, name).path for name in (part, self.spec(part).beside or part))
             if is_hub_id(own) or (own is None and (is_hub_id(near) or is_hub_id(config.model.path))):
                 continue  # fetched when work starts
-            needs_files = self.parts[part].model and not self._is_drawn(part)
-            shipped = self._shipped(self.variant.name, self.parts[part])
+            needs_files = self.spec(part).model and not self._is_drawn(part)
+            shipped = self._shipped(self.variant.name, self.spec(part))
             if self._find(part) is None and (needs_files or shipped is None):
                 raise ConfigError(self._nowhere(part))
 
@@ -264,18 +268,18 @@ class StandardFamily(Family):
 
     def pipeline_modules(self, parts: Parts) -> dict[str, Any]:
         """The pipeline's components by its own names; small parts that are not given are loaded, models are None."""
-        modules = {self.parts[part].folder: parts.get(part) for part in self.variant.parts}
+        modules = {self.spec(part).folder: parts.get(part) for part in self.variant.parts}
         if modules.get("scheduler") is None and "scheduler" in self.variant.parts:
             modules["scheduler"] = self.load("scheduler", "cpu", None)
         return modules
 
     def text_pipeline(self, parts: Parts) -> Any:
         """A pipeline over these parts alone, for what its own methods make of text and pictures."""
-        modules = {self.parts[part].folder: parts.get(part) for part in self.variant.parts}
+        modules = {self.spec(part).folder: parts.get(part) for part in self.variant.parts}
         return self.pipeline_class(**modules)
 
     def folder(self, part: str) -> str:
-        return self.parts[part].folder
+        return self.spec(part).folder
 
     def layout(self, part: str = "network") -> Layout:
         if part.startswith("network"):
