@@ -103,8 +103,9 @@ def test_a_calls_of_the_network(model: Model) -> None:
         prepared = model.prepared(*case.captions(number))
         x_t, t = case.x_t(family, inputs), case.t(family, inputs)
         assert x_t.shape == prepared.latents.shape, "the entry's x_t, or the shape of our latents"
+        told = case.told(family, prepared.conditioning, inputs)
         with recording(model.network) as ours, torch.no_grad():
-            family.predict(model.network, x_t, t, prepared.conditioning)
+            family.predict(model.network, x_t, t, told)
         assert_same(case.visible(ours[0]), case.visible(inputs), case.tolerance, f"call {number}")
         with torch.no_grad():
             both = [model.network(**call, return_dict=False) for call in (ours[0], inputs)]

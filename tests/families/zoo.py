@@ -102,6 +102,11 @@ class Case:
         that need not be equal, and the suite proves that no output depends on it."""
         return inputs
 
+    def told(self, family: Family, conditioning: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+        """What the network is told of a call besides x_t and t: as for training, unless sampling knows more (where the
+        step of a mean flow ends)."""
+        return conditioning
+
     def exact_t(self, pipeline: Any, step: int, t: Tensor) -> Tensor:
         """The time of a step, where the scheduler rounds what it tells the network: its own sigma."""
         return t
