@@ -231,6 +231,18 @@ def test_captions_are_cut_with_a_warning(directories: dict[str, Path], caplog: p
     assert "9 tokens, the last 3 are cut" in caplog.text
 
 
+def test_clip_sees_the_beginning_and_nobody_complains(
+    directories: dict[str, Path], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flux = family(path=str(directories["dev"]), variant="dev")
+    parts = {part: flux.load(part, "cpu", None) for part in ("text_encoder", "tokenizer")}
+    long = "a red ball " * 30  # 90 tokens of CLIP
+    capfd.readouterr()
+    beginning, whole = (flux.encode(flux.encodings()[1], parts, [Sample(one)])[0] for one in (long[:-44], long))
+    assert torch.equal(beginning["pooled"], whole["pooled"])
+    assert "truncated" not in capfd.readouterr().err + caplog.text
+
+
 @pytest.mark.parametrize(
     ("variant", "model", "message"),
     [

@@ -24,7 +24,7 @@ from kinema.families.packing import pack, positions, unpack
 from kinema.families.parts import CLIP_L, CLIP_L_TOKENIZER, FLUX_VAE, SCHEDULER, T5_XXL, tokenizer
 from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
 from kinema.families.tensors import looks_like, tensor_shapes
-from kinema.families.text import warn_if_cut
+from kinema.families.text import quietly, warn_if_cut
 
 if TYPE_CHECKING:
     import torch
@@ -154,15 +154,16 @@ class Flux(StandardFamily):
         """T5's embeddings [text_length, C] of a caption. Padding stays: T5 and the network attend to it."""
         encoder = parts["text_encoder_2"]
         warn_if_cut(parts["tokenizer_2"], caption, self.text_length)
-        embeddings = self.text_pipeline(parts)._get_t5_prompt_embeds(
-            caption, max_sequence_length=self.text_length, device=encoder.shared.weight.device, dtype=encoder.dtype
-        )
-        return embeddings[0].cpu()
+        place = {"device": encoder.shared.weight.device, "dtype": encoder.dtype}
+        with quietly():
+            pipeline = self.text_pipeline(parts)
+            return pipeline._get_t5_prompt_embeds(caption, max_sequence_length=self.text_length, **place)[0].cpu()
 
     def _pooled(self, parts: Parts, caption: str) -> Tensor:
         """CLIP's pooled embedding [C] of the caption's first 77 tokens; T5 sees the rest."""
-        encoder = parts["text_encoder"]
-        return self.text_pipeline(parts)._get_clip_prompt_embeds(caption, device=encoder.device)[0].cpu()
+        with quietly():
+            pipeline = self.text_pipeline(parts)
+            return pipeline._get_clip_prompt_embeds(caption, device=parts["text_encoder"].device)[0].cpu()
 
     def prepare(self, batch: Batch, networks: Mapping[str, nn.Module] | None = None) -> Prepared:
         import torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,18 @@ def warn_if_cut(tokenizer: Any, caption: str, length: int, text: str | None = No
     count = len(tokenizer(caption if text is None else text).input_ids)
     if count > length:
         log.warning("a caption has %d tokens, the last %d are cut: %.60s...", count, count - length, caption)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings of diffusers' pipelines, which repeat every caption that CLIP or another encoder cuts."""
+    logger = logging.getLogger("diffusers.pipelines")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def padded(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
