@@ -36,6 +36,7 @@ from kinema.sampling.writing import read_metadata, to_uint8, write_video
 from kinema.shapes.models import write_model
 
 LIMIT = 1.05
+FAMILY = open_family(ModelConfig(family="wan", variant="t2v-1.3b"))
 SETTINGS = SampleSettings("a red circle moves left on black", 64, 64, 17, guidance=3.0, text_length=512)
 
 
@@ -111,13 +112,13 @@ def ours_loaded(place: Place) -> Any:
 
 def draw(pipeline: Any, settings: SampleSettings, place: Place) -> torch.Tensor:
     """One sample, [C, T, H, W] in [-1, 1]."""
-    return next(sample_many(pipeline, [settings], place.device))
+    return next(sample_many(FAMILY, pipeline, [settings], place.device))
 
 
 def eight(pipeline: Any, settings: SampleSettings, place: Place) -> torch.Tensor:
     """Eight samples, one after the other in time."""
     many = [replace(settings, seed=settings.seed + i) for i in range(8)]
-    return torch.cat(list(sample_many(pipeline, many, place.device)), dim=1)
+    return torch.cat(list(sample_many(FAMILY, pipeline, many, place.device)), dim=1)
 
 
 def command(settings: SampleSettings, place: Place) -> torch.Tensor:

@@ -139,10 +139,6 @@ def test_a_lora_configuration_of_under_fifteen_lines_loads(write: Write) -> None
             "[data.buckets]\nframes = [17, 1, 17]",
             "c.toml:13: data.buckets.frames: give each length once, the shortest first: [1, 17]",
         ),
-        (
-            "[preview]\nprompts = ['a', 'b']\nimages = ['a.png']",
-            "c.toml:14: preview.images: one a prompt: there are 1 images and 2 prompts",
-        ),
         ("[adapter]\n", "c.toml:12:9: not valid TOML: this table is already there further up"),
     ],
 )

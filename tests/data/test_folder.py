@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kinema.data.folder import scan
+from kinema.data.folder import scan, with_controls
 from kinema.data.records import count_reasons
 from kinema.errors import UserError
 
@@ -108,3 +108,26 @@ def test_a_missing_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         scan(tmp_path / "file")
+
+
+def test_control_pictures_are_found_by_name(tmp_path: Path) -> None:
+    """Under the same path below each folder of controls, whatever the extension; who lacks one is listed."""
+    root, first, second = tmp_path / "target", tmp_path / "control", tmp_path / "control2"
+    for folder, names in ((root, ("a.png", "sub/b.jpg", "c.png")), (first, ("a.jpg", "sub/b.png", "c.webp"))):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+            (folder / name).with_suffix(".txt").write_text("x")
+    second.mkdir()
+    for name in ("a.png", "c.png", "b.png"):
+        (second / name).touch()
+    records, _, _ = scan(root)
+    kept, left_out = with_controls(records, root, (first, second))
+    assert [(r.path.name, [c.relative_to(tmp_path).as_posix() for c in r.controls]) for r in kept] == [
+        ("a.png", ["control/a.jpg", "control2/a.png"]),
+        ("c.png", ["control/c.webp", "control2/c.png"]),
+    ]
+    (missing,) = left_out
+    assert missing.path.name == "b.jpg" and missing.code == "no control picture" and "control2" in missing.reason
+    with pytest.raises(UserError, match="nowhere"):
+        with_controls(records, root, (tmp_path / "nowhere",))

@@ -124,7 +124,7 @@ def test_a_encoding_does_not_depend_on_the_batch(model: Model) -> None:
 
     case = model.case
     for encoding in model.family.encodings():
-        pixels = None if encoding.reads == "caption" else case.clip
+        pixels = case.clip if encoding.reads_pixels else None
         controls = case.control_pictures if encoding.controls else ()
         samples = [Sample(caption, pixels, controls) for caption in (PROMPT, NEGATIVE)]
         needed = {part: model.parts[part] for part in encoding.parts}

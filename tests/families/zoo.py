@@ -163,7 +163,7 @@ def encode(case: Case, family: Family, parts: dict[str, Any], caption: str) -> d
     tensors: dict[str, Tensor] = {}
     for encoding in family.encodings():
         needed = {part: parts[part] for part in encoding.parts}
-        pixels = None if encoding.reads == "caption" else case.clip
+        pixels = case.clip if encoding.reads_pixels else None
         sample = Sample(caption, pixels, case.control_pictures if encoding.controls else ())
         (row,) = family.encode(encoding, needed, [sample])
         assert all(v.device.type == "cpu" and not v.requires_grad for v in row.values()), encoding.name

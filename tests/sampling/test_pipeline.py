@@ -12,8 +12,15 @@ import torch
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
-from kinema.sampling.pipeline import SampleSettings, Texts, first_frame, sample_many, shifted
+from kinema.sampling.pipeline import SampleSettings, Texts, picture, sample_many, shifted
 from kinema.sampling.weights import Weights, load_parts
+
+
+def draw(pipeline, settings, *args, **kwargs):
+    """`sample_many` for a Wan pipeline."""
+    variant = "i2v-14b-480p" if "Image" in type(pipeline).__name__ else "t2v-1.3b"
+    return sample_many(open_family(ModelConfig(family="wan", variant=variant)), pipeline, settings, *args, **kwargs)
+
 
 SETTINGS = SampleSettings("a red ball", 32, 48, 9, steps=3, guidance=4.0, negative="blue box", text_length=512)
 
@@ -64,7 +71,7 @@ def by_hand(directory: Path, settings: SampleSettings, **extra: Any) -> torch.Te
 )
 def test_equals_diffusers(pipeline: Any, text_to_video: Path, change: dict[str, Any]) -> None:
     settings = replace(SETTINGS, **change)
-    ours = next(sample_many(pipeline, [settings]))
+    ours = next(draw(pipeline, [settings]))
     assert ours.shape == (3, settings.frames, 32, 48) and ours.dtype == torch.float32
     theirs = by_hand(text_to_video, settings) * 2 - 1
     assert (ours - theirs).abs().max().item() <= 1e-6
@@ -77,15 +84,15 @@ def test_image_to_video_equals_diffusers(tmp_path: Path) -> None:
     directory = family_class("wan").tiny(tmp_path / "i2v", "i2v-14b-480p")
     noise = torch.randint(0, 256, (45, 80, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "first.png")
-    settings = replace(SETTINGS, image=tmp_path / "first.png")
+    settings = replace(SETTINGS, images=(tmp_path / "first.png",))
     pipeline = pipeline_of(directory)
-    ours = next(sample_many(pipeline, [settings]))
-    picture = first_frame(tmp_path / "first.png", 32, 48)
+    ours = next(draw(pipeline, [settings]))
+    first = picture(tmp_path / "first.png", 32, 48)
     assert picture.size == (48, 32)
-    theirs = by_hand(directory, settings, image=picture) * 2 - 1
+    theirs = by_hand(directory, settings, image=first) * 2 - 1
     assert (ours - theirs).abs().max().item() <= 1e-6
     Image.new("RGB", (48, 32)).save(tmp_path / "black.png")
-    other = next(sample_many(pipeline, [replace(settings, image=tmp_path / "black.png")]))
+    other = next(draw(pipeline, [replace(settings, images=(tmp_path / "black.png",))]))
     assert (ours - other).abs().max().item() > 1e-3
 
 
@@ -93,10 +100,10 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: Any) -> None:
     prompts = ["a red ball", "blue box moves left", "green"]
     many = [replace(SETTINGS, prompt=prompts[i % 3], seed=i) for i in range(5)]
     many.insert(2, replace(SETTINGS, frames=5, seed=9))
-    together = list(sample_many(pipeline, many, batch=4))
+    together = list(draw(pipeline, many, batch=4))
     assert [one.shape[1] for one in together] == [9, 9, 5, 9, 9, 9]
     for settings, batched in zip(many, together, strict=True):
-        alone = next(sample_many(pipeline, [settings]))
+        alone = next(draw(pipeline, [settings]))
         assert (alone - batched).abs().max().item() <= 2e-5
     distances = [(together[0] - one).abs().max().item() for one in (together[1], together[3])]
     assert min(distances) > 1e-2, "another seed or prompt makes another sample"
@@ -113,7 +120,7 @@ def test_calls_are_as_large_as_the_budget_allows(pipeline: Any, monkeypatch: pyt
             sizes.append(len(group))
 
     large = replace(SETTINGS, height=64)
-    list(sample_many(pipeline, [SETTINGS, SETTINGS, SETTINGS, large, large], on_step=on_step))
+    list(draw(pipeline, [SETTINGS, SETTINGS, SETTINGS, large, large], on_step=on_step))
     assert sizes == [2, 1, 1, 1]
     assert seen[:4] == [((0, 1), 1, 3), ((0, 1), 2, 3), ((0, 1), 3, 3), ((2,), 1, 3)]
 
@@ -130,23 +137,23 @@ def test_each_text_is_encoded_once(pipeline: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pipeline, "encode_prompt", counting)
     prompts = ["green", "a red ball", "green"]
     many = [replace(SETTINGS, prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
-    first = list(sample_many(pipeline, many, batch=1))
+    first = list(draw(pipeline, many, batch=1))
     assert sorted(encoded) == ["a red ball", "blue box", "green"]
 
     texts = Texts(pipeline)
     texts.encode(many)
     monkeypatch.setattr(pipeline, "text_encoder", None)
-    again = list(sample_many(pipeline, many, batch=1, texts=texts))
+    again = list(draw(pipeline, many, batch=1, texts=texts))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_sampling_leaves_the_pipeline_and_the_random_state_alone(pipeline: Any) -> None:
     scheduler, state = pipeline.scheduler, torch.get_rng_state()
-    a = next(sample_many(pipeline, [replace(SETTINGS, shift=7.0)]))
+    a = next(draw(pipeline, [replace(SETTINGS, shift=7.0)]))
     assert pipeline.scheduler is scheduler
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
-    assert torch.equal(a, next(sample_many(pipeline, [replace(SETTINGS, shift=7.0)])))
+    assert torch.equal(a, next(draw(pipeline, [replace(SETTINGS, shift=7.0)])))
 
 
 def test_shifts_of_schedulers() -> None:

@@ -50,7 +50,7 @@ def expected(config: Config, network: Any, index: int) -> torch.Tensor:
     parts = {**load_parts(Weights(family, "base"), "cpu", torch.float32), "network": network}
     pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
-    return next(sample_many(pipeline, [Previewer(config, family, ALONE).settings[index]]))
+    return next(sample_many(family, pipeline, [Previewer(config, family, ALONE).settings[index]]))
 
 
 def test_a_preview_is_the_sampler_s_and_leaves_no_trace(base: Path, tmp_path: Path) -> None:

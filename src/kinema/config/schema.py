@@ -197,6 +197,8 @@ class SourceConfig(Section):
     """A folder of pictures and videos with `.txt` captions of the same name."""
     name: str | None = None
     """Name in reports; default: the folder's name."""
+    controls: tuple[UserPath, ...] = ()
+    """For edit models: folders of control pictures, each with a picture of the same name for every file of `path`."""
 
 
 class BucketConfig(Section):
@@ -410,7 +412,7 @@ class PreviewConfig(Every):
     prompts: tuple[str, ...] = ()
     """One video or picture is made of each."""
     images: tuple[UserPath, ...] = ()
-    """First frames for image-to-video variants, one a prompt."""
+    """Pictures to start from or to edit, as many for each prompt as the variant needs, in the order of the prompts."""
     before_first_step: bool = True
     """Preview the weights that the run starts from."""
     negative_prompt: str = ""
@@ -425,18 +427,10 @@ class PreviewConfig(Every):
     """Frame rate of the files. Default: `data.buckets.fps`."""
     steps: int = Field(default=30, gt=0)
     """Sampling steps."""
-    guidance: float = Field(default=5.0, ge=0)
-    """Classifier-free guidance scale; 1 turns it off."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Guidance scale; 1 turns classifier-free guidance off. Default: what the variant's authors sample with."""
     seed: int = Field(default=0, ge=0)
     """Seed of the first preview; the others count up."""
-
-    @model_validator(mode="after")
-    def _one_image_a_prompt(self) -> PreviewConfig:
-        if self.images and len(self.images) != len(self.prompts):
-            raise _refuse(
-                "images", f"one a prompt: there are {len(self.images)} images and {len(self.prompts)} prompts"
-            )
-        return self
 
 
 class ParallelConfig(Section):

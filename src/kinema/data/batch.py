@@ -14,17 +14,31 @@ if TYPE_CHECKING:
 class Encoding:
     """One thing that a family's encoders make of a record, and what its result depends on.
 
-    ``reads`` says what of the record goes in: "media" (the pixels of the clip), "caption", or "both". With
-    ``controls``, the record's control pictures go in too (for "caption", they alone of all pixels).
+    ``reads`` says what of the record goes in: "media" (the pixels of the clip), "caption", "both", or "controls" (the
+    control pictures alone). With ``controls``, the record's control pictures go in too (for "caption", they alone of
+    all pixels).
     ``parts`` are the model parts that must be loaded, ``settings`` whatever else changes the result
     (text length, transform); both are part of the cache key.
     """
 
     name: str
-    reads: Literal["media", "caption", "both"]
+    reads: Literal["media", "caption", "both", "controls"]
     parts: tuple[str, ...]
     settings: str = ""
     controls: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.controls or self.reads != "controls", f"{self.name} reads nothing"
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether the pixels of the clip go in."""
+        return self.reads in ("media", "both")
+
+    @property
+    def reads_caption(self) -> bool:
+        """Whether the caption goes in."""
+        return self.reads in ("caption", "both")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kinema.errors import UserError
 from kinema.sizes import readable_bytes
 
 from .batch import Encoding, Sample
+from .buckets import Clip
 from .cache import Cache, CacheFull, entry_key
 from .examine import Item
 from .facts import FactStore
@@ -26,10 +27,13 @@ from .records import LeftOut
 from .transform import Transform
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
 T = TypeVar("T")
+Decoded = tuple["Tensor | None", "tuple[Tensor, ...]"]
+"""A clip's pixels uint8 [C, T, H, W] and its control pictures uint8 [C, 1, H, W], as far as they are read."""
 ROUNDS = 3
 """How often what is still missing after all ranks are done (a file system that shows files late) is tried again."""
 LINE_SECONDS = 10.0
@@ -71,8 +75,9 @@ class Entry:
     encoding: Encoding
     caption: str
     item: Item | None
+    """None for what reads the caption alone."""
     content: str = ""
-    """Hash of the item's file."""
+    """Hashes of the item's file and of its control pictures."""
 
     @property
     def units(self) -> int:
@@ -138,16 +143,17 @@ class EntryPlanner:
 
     def entries(self, item: Item, content: str, caption: str) -> list[Entry]:
         """One entry for each encoding, in their order, of an item with the given caption."""
-        media = clip_identity(item, content)
+        own, *controls = content.split()
+        bucket = item.bucket
         result = []
         for encoding in self.encodings:
-            fixed = self._fixed[encoding.name]
-            if encoding.reads == "caption":
-                result.append(Entry(entry_key(fixed, (), caption), encoding, caption, None))
-            elif encoding.reads == "media":
-                result.append(Entry(entry_key(fixed, media, None), encoding, "", item, content))
-            else:
-                result.append(Entry(entry_key(fixed, media, caption), encoding, caption, item, content))
+            media = clip_identity(item, own) if encoding.reads_pixels else ()
+            if encoding.controls:
+                media += (tuple(controls), (bucket.height, bucket.width), _transform(bucket.height, bucket.width))
+            read = caption if encoding.reads_caption else None
+            key = entry_key(self._fixed[encoding.name], media, read)
+            of_item = item if encoding.reads_pixels or encoding.controls else None
+            result.append(Entry(key, encoding, read or "", of_item, content if of_item else ""))
         return result
 
 
@@ -289,28 +295,30 @@ class Filler:
     ) -> None:
         names = ", ".join(dict.fromkeys(entry.encoding.name for entries in share for entry in entries))
         meter = _Meter(f"Encoding {names}", len(share), self.say)
-        for entries, pixels in self._decoded(share):
-            if isinstance(pixels, LeftOut):
-                failed[str(pixels.path)] = pixels
+        for entries, decoded in self._decoded(share):
+            if isinstance(decoded, LeftOut):
+                failed[str(decoded.path)] = decoded
             else:
+                pixels, controls = decoded
                 for entry in entries:
-                    sample = Sample(entry.caption, pixels)
+                    own = pixels if entry.encoding.reads_pixels else None
+                    sample = Sample(entry.caption, own, controls if entry.encoding.controls else ())
                     (tensors,) = self.encoder.encode(entry.encoding, parts, [sample])
                     forecast.add(entry, self.cache.put(entry.key, tensors))
                     if forecast.due():
                         self.cache.require_space(forecast.needed())
             meter.step()
 
-    def _decoded(self, share: list[list[Entry]]) -> Iterator[tuple[list[Entry], Tensor | LeftOut | None]]:
-        """Each clip's entries with its pixels uint8 [C, T, H, W], decoded a few ahead in threads."""
+    def _decoded(self, share: list[list[Entry]]) -> Iterator[tuple[list[Entry], Decoded | LeftOut]]:
+        """Each clip's entries with what they read, decoded a few ahead in threads."""
         if not self.workers:
-            yield from ((entries, self._decode(entries[0])) for entries in share)
+            yield from ((entries, self._decode(entries)) for entries in share)
             return
-        pending: deque[tuple[list[Entry], Future[Tensor | LeftOut | None]]] = deque()
+        pending: deque[tuple[list[Entry], Future[Decoded | LeftOut]]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             try:
                 for entries in share:
-                    pending.append((entries, pool.submit(self._decode, entries[0])))
+                    pending.append((entries, pool.submit(self._decode, entries)))
                     if len(pending) > self.workers:
                         first, future = pending.popleft()
                         yield first, future.result()
@@ -320,21 +328,29 @@ class Filler:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, entry: Entry) -> Tensor | LeftOut | None:
-        import torch
-
-        item = entry.item
+    def _decode(self, entries: Sequence[Entry]) -> Decoded | LeftOut:
+        """What the entries of one clip read: its pixels, its control pictures."""
+        item, content = entries[0].item, entries[0].content.split()
         if item is None:
-            return None
+            return None, ()
         path, bucket = item.record.path, item.bucket
+        transform = Transform(bucket.height, bucket.width)
+        pixels: np.ndarray | None = None
+        controls: list[np.ndarray] = []
         try:
-            pixels = decode_clip(path, item.clip, Transform(bucket.height, bucket.width), item.info)
-            if content_hash(path, self.facts) != entry.content:
-                raise MediaError("was changed while it was being prepared: start again", "changed")
+            if any(entry.encoding.reads_pixels for entry in entries):
+                pixels = decode_clip(path, item.clip, transform, item.info)
+            if any(entry.encoding.controls for entry in entries):
+                controls = [decode_clip(control, Clip(), transform) for control in item.record.controls]
+            for file, expected in zip((path, *item.record.controls), content, strict=True):
+                if content_hash(file, self.facts) != expected:
+                    raise MediaError(f"{file} was changed while it was being prepared: start again", "changed")
         except MediaError as error:
             reason = str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
             return LeftOut(path, reason, error.code, item.record.source)
-        return torch.from_numpy(pixels)
+        from torch import from_numpy
+
+        return None if pixels is None else from_numpy(pixels), tuple(from_numpy(one) for one in controls)
 
 
 def _share(entries: Sequence[Entry], ranks: Ranks) -> list[list[Entry]]:

@@ -10,7 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, MutableMapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,7 @@ def items_to_text(items: list[Item]) -> str:
 def items_from_text(record: Record, text: str) -> list[Item]:
     """The inverse of `items_to_text`. ValueError, TypeError or KeyError where the text is of another version."""
     return [
-        Item(Record(record.path, record.caption, info["kind"], record.source, record.extras),
-             _info(info), Bucket(**bucket), Clip(**clip), group, tuple(notes))
+        Item(replace(record, kind=info["kind"]), _info(info), Bucket(**bucket), Clip(**clip), group, tuple(notes))
         for info, bucket, clip, group, notes in json.loads(text)
     ]  # fmt: skip
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,29 @@ def scan(
     left_out.sort(key=lambda entry: entry.path.relative_to(root).as_posix())
     counts["left out"] = len(left_out)
     return records, left_out, dict(counts)
+
+
+def with_controls(records: Sequence[Record], root: Path, folders: Sequence[Path]) -> tuple[list[Record], list[LeftOut]]:
+    """Each record of the folder ``root`` with its control pictures: in each of ``folders``, the picture under the same
+    path as the record's, whatever its extension. UserError for a folder that is missing."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"data.sources.controls: there is no folder {folder}; give that of the control pictures")
+    pictures = [
+        {path.relative_to(folder).with_suffix(""): path for path in sorted(folder.rglob("*")) if kind_of(path.name)}
+        for folder in folders
+    ]
+    kept: list[Record] = []
+    left_out: list[LeftOut] = []
+    for record in records:
+        name = record.path.relative_to(root).with_suffix("")
+        found = [by_name.get(name) for by_name in pictures]
+        if missing := [str(folder) for folder, path in zip(folders, found, strict=True) if path is None]:
+            reason = f"has no control picture: expected {name} with a picture's extension in {', '.join(missing)}"
+            left_out.append(LeftOut(record.path, reason, "no control picture", record.source))
+        else:
+            kept.append(replace(record, controls=tuple(path for path in found if path is not None)))
+    return kept, left_out
 
 
 def _walk(root: Path, recursive: bool, counts: Counter[str]) -> Iterator[tuple[Path, list[str], str]]:

@@ -14,12 +14,12 @@ from types import MappingProxyType
 from kinema.config.schema import BucketConfig, Config, SourceConfig
 from kinema.errors import UserError
 
-from .buckets import BucketGroup, BucketSpec, make_buckets
+from .buckets import BucketGroup, BucketSpec, Clip, make_buckets
 from .encode import Encoder, Ranks, from_main, together
 from .examine import Item, examine_one
 from .facts import EXAMINED, FactStore, items_from_text, items_to_text
-from .folder import scan
-from .media import MediaError, content_hash, memo_key
+from .folder import scan, with_controls
+from .media import MediaError, check_clip, content_hash, memo_key, probe
 from .records import LeftOut, Record, count_reasons
 from .segments import publish, write_all
 
@@ -33,7 +33,7 @@ COUNTED = {
 """Counts of a scan that are printed, where they are not zero, and their words."""
 
 Examined = tuple[list[Item], str, list[LeftOut]]
-"""What a file gave: its items, the hash of its content, what is left out of it."""
+"""What a file gave: its items, the hashes of its content and of its control pictures', what is left out of it."""
 
 
 def bucket_groups(buckets: BucketConfig, encoder: Encoder) -> tuple[BucketGroup, ...]:
@@ -103,6 +103,10 @@ def _scan(sources: Sequence[SourceConfig], missing_caption: str) -> tuple[list[R
     counts: Counter[str] = Counter()
     for source in sources:
         found, missed, counted = scan(source.path, source.name or "", missing_caption)  # type: ignore[arg-type]
+        if source.controls:
+            found, without = with_controls(found, Path(source.path), source.controls)
+            missed = [*missed, *without]
+            counted["left out"] += len(without)
         records += found
         left_out += missed
         counts.update(counted)
@@ -113,9 +117,14 @@ def recall(record: Record, how: str, facts: FactStore) -> Examined | None:
     """What examining a file gave before, if the file is as it was then and nothing was left out of it."""
     try:
         text = facts[f"{how}\0{memo_key(record.path)}"]
-        return items_from_text(record, text), content_hash(record.path, facts), []
+        return items_from_text(record, text), contents_of(record, facts), []
     except (KeyError, ValueError, TypeError, OSError):  # unknown, written by another version, or gone
         return None
+
+
+def contents_of(record: Record, facts: FactStore) -> str:
+    """The hash of the file's content, and after it those of its control pictures, separated by spaces."""
+    return " ".join(content_hash(path, facts) for path in (record.path, *record.controls))
 
 
 def examine_and_hash(
@@ -127,7 +136,9 @@ def examine_and_hash(
         results = examine_one(record, groups, fps, "clip")
         items = [result for result in results if isinstance(result, Item)]
         left_out = [result for result in results if isinstance(result, LeftOut)]
-        content = content_hash(record.path, facts) if items else ""
+        for control in record.controls:
+            check_clip(control, Clip(), probe(control))
+        content = contents_of(record, facts) if items else ""
         if items and not left_out and memo_key(record.path) == before:
             facts[f"{how}\0{before}"] = items_to_text(items)
         return items, content, left_out

@@ -32,7 +32,7 @@ class Record:
     """One row of a source: a media file and its caption.
 
     ``kind`` is what the file's name promises; `probe` says what the file is. ``source`` names where the
-    record comes from. ``extras`` carries whatever else the row has (mask, control pictures, scores) by
+    record comes from. ``extras`` carries whatever else the row has (mask, scores) by
     name.
     """
 
@@ -40,6 +40,8 @@ class Record:
     caption: str
     kind: Kind
     source: str = ""
+    controls: tuple[Path, ...] = ()
+    """Pictures that an edit model is told, in their order."""
     extras: Mapping[str, Any] = field(default_factory=lambda: NO_EXTRAS, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -67,6 +67,14 @@ class Variant:
     """Commit of ``hub`` that ``kinema download`` fetches; None is the newest."""
     gated: bool = False
     """Whether the hub asks for consent to its terms."""
+    most_pictures: int = 1
+    """How many control pictures an edit variant takes at most."""
+
+    @property
+    def pictures(self) -> tuple[int, int]:
+        """The least and the largest number of pictures that a sample is made from."""
+        frames = sum(condition in ("first_frame", "last_frame") for condition in self.conditions)
+        return (1, self.most_pictures) if "controls" in self.conditions else (frames, frames)
 
 
 Native = Literal["velocity", "negative_velocity", "x0", "eps", "vp_velocity"]
@@ -264,6 +272,23 @@ class Family(ABC):
     @abstractmethod
     def pipeline(self, parts: Parts) -> Any:
         """The diffusers pipeline over these parts."""
+
+    batched_sampling: ClassVar[bool] = True
+    """Whether one call of the pipeline draws several samples with prompts of their own."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """What the pipeline calls classifier-free guidance, or the guidance that its network is told."""
+
+    def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
+        """Arguments of the pipeline's call for what is called differently from pipeline to pipeline: guidance, the
+        pictures (PIL, at the sample's size) that a sample starts from or edits, the length of the text."""
+        arguments: dict[str, Any] = {self.guidance_argument: guidance}
+        if pictures:
+            arguments["image"] = pictures[0] if len(pictures) == 1 else list(pictures)
+        if "last_frame" in self.variant.conditions:
+            arguments["image"], arguments["last_image"] = pictures
+        if text_length is not None:
+            arguments["max_sequence_length"] = text_length
+        return arguments
 
     def layout(self, part: str = "network") -> Layout:
         """The original layout of a part's weights."""

@@ -7,6 +7,21 @@ from kinema.errors import ConfigError
 from kinema.families.base import Variant
 
 
+def check_controls(config: Config, variant: Variant) -> None:
+    """ConfigError for sources without the control pictures that the variant needs, or with ones that it ignores."""
+    least, most = variant.pictures if "controls" in variant.conditions else (0, 0)
+    sources = [*config.data.sources, *(source for one in config.evaluation.sets for source in one.sources)]
+    for source in sources:
+        if most == 0 and source.controls:
+            raise ConfigError(f"data.sources.controls: {variant.name} is told no control pictures; leave the key out.")
+        if not least <= len(source.controls) <= most:
+            wanted = str(least) if least == most else f"{least} to {most}"
+            raise ConfigError(
+                f"data.sources.controls: {variant.name} edits pictures; name {wanted} folder(s) of control pictures "
+                f"for {source.path}, whose files have the names of its own. {len(source.controls)} given."
+            )
+
+
 def check_sizes(config: Config, variant: Variant) -> None:
     """ConfigError for clip lengths, sizes and preview pictures that the variant cannot take."""
     preview, stride, grid = config.preview, variant.frame_stride, variant.grid
@@ -34,8 +49,9 @@ def check_sizes(config: Config, variant: Variant) -> None:
                 f"{key}: {side} is no multiple of {grid}, which one token of {variant.name} covers; the nearest are "
                 f"{below} and {below + grid}."
             )
-    if "first_frame" in variant.conditions and len(preview.images) != len(preview.prompts):
+    least, most = variant.pictures
+    if not least * len(preview.prompts) <= len(preview.images) <= most * len(preview.prompts):
         raise ConfigError(
-            f"preview.images: {len(preview.images)} pictures for {len(preview.prompts)} prompts; {variant.name} starts "
-            "each preview from a picture, so give one for each prompt."
+            f"preview.images: {len(preview.images)} pictures for {len(preview.prompts)} prompts; {variant.name} makes "
+            f"each preview from {least if least == most else f'{least} to {most}'}."
         )

@@ -135,7 +135,7 @@ class Flux(StandardFamily):
     def encodings(self) -> tuple[Encoding, ...]:
         text = Encoding("text", "caption", ("text_encoder_2", "tokenizer_2"), f"length {self.text_length}")
         pooled = Encoding("pooled", "caption", ("text_encoder", "tokenizer"))
-        control = (Encoding("control", "media", ("autoencoder",), controls=True),) if self.edits else ()
+        control = (Encoding("control", "controls", ("autoencoder",), controls=True),) if self.edits else ()
         return (text, pooled, LATENTS, *control)
 
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:

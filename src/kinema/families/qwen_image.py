@@ -112,7 +112,7 @@ class QwenImage(StandardFamily):
             return (text, LATENTS)
         reads = ("text_encoder", "tokenizer", "processor")
         text = Encoding("text", "caption", reads, self.variant.pipeline, controls=True)
-        return (text, LATENTS, Encoding("controls", "media", ("autoencoder",), controls=True))
+        return (text, LATENTS, Encoding("controls", "controls", ("autoencoder",), controls=True))
 
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch

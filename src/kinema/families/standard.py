@@ -14,7 +14,7 @@ from kinema.data.batch import Encoding, Sample
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family, Parts, Variant
-from kinema.families.checks import check_sizes
+from kinema.families.checks import check_controls, check_sizes
 from kinema.families.identity import part_identity
 from kinema.families.layout import Layout
 from kinema.families.loading import (
@@ -218,6 +218,7 @@ class StandardFamily(Family):
 
     def validate(self, config: Config) -> None:
         check_sizes(config, self.variant)
+        check_controls(config, self.variant)
         self._check_trained(config)
         for part in self.needed_parts(config):
             own, near = (part_config(config.model, name).path for name in (part, self.spec(part).beside or part))

@@ -15,7 +15,7 @@ from kinema.errors import UserError
 from kinema.sampling.pipeline import SampleSettings
 from kinema.sampling.request import (
     RunDefaults,
-    check_image,
+    check_images,
     check_size,
     defaults_of_run,
     defaults_of_variant,
@@ -42,7 +42,7 @@ def sample(
     variant: str | None = None,
     adapter: Sequence[Path | str] = (),
     negative: str | None = None,
-    image: Path | None = None,
+    images: Sequence[Path] = (),
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
@@ -82,7 +82,7 @@ def sample(
     }
     wanted = replace(defaults, **{name: value for name, value in given.items() if value is not None})
     check_size(weights.family, wanted.height, wanted.width, wanted.frames)
-    check_image(weights.family, image)
+    check_images(weights.family, images)
     folder = Path(out) if out is not None else (run / "samples" if run else Path("samples"))
     settings = [
         SampleSettings(
@@ -94,7 +94,7 @@ def sample(
             guidance=wanted.guidance,
             seed=one_seed,
             negative=wanted.negative,
-            image=image,
+            images=tuple(images),
             shift=shift,
             text_length=weights.family.text_length,
         )
@@ -135,7 +135,7 @@ def _write_all(
         say(f"Loading {weights.label}")
         pipeline = weights.family.pipeline(load_parts(weights, place, kind))
         pipeline.set_progress_bar_config(disable=True)
-        samples = sample_many(pipeline, settings, place, on_step)
+        samples = sample_many(weights.family, pipeline, settings, place, on_step)
         for path, one, frames in zip(paths, settings, samples, strict=True):
             entry = {**one.to_json(), **facts}
             write_video(frames, path, fps, entry)

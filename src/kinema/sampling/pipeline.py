@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from kinema.families.base import Family
+
 BATCH_PIXELS = 2**19
 """Pixels, over all frames, that one pipeline call draws at most, where that is more than one sample: small samples
 share a call (from four clips of 17 x 64 x 64 on, a CPU takes half the time for each), large ones gain nothing."""
@@ -43,8 +45,9 @@ class SampleSettings:
     """Classifier-free guidance scale; 1 turns it off."""
     seed: int = 0
     negative: str = ""
-    image: Path | None = None
-    """First frame, for image-to-video; scaled to cover the sample's size and cropped at the centre."""
+    images: tuple[Path, ...] = ()
+    """First (and last) frame for image-to-video, control pictures for edit models; each is scaled to cover the
+    sample's size and cropped at the centre."""
     shift: float | None = None
     """Time shift of the schedule; None leaves the pipeline's scheduler as it is."""
     text_length: int | None = None
@@ -52,7 +55,7 @@ class SampleSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are stored in a file's metadata."""
-        return {**asdict(self), "image": None if self.image is None else self.image.name}
+        return {**asdict(self), "images": [image.name for image in self.images]}
 
     @property
     def call(self) -> tuple[Any, ...]:
@@ -63,13 +66,14 @@ class SampleSettings:
             self.frames,
             self.steps,
             self.guidance,
-            self.image,
+            self.images,
             self.shift,
             self.text_length,
         )
 
 
 def sample_many(
+    family: Family,
     pipeline: Any,
     settings: Sequence[SampleSettings],
     device: torch.device | str = "cpu",
@@ -78,21 +82,21 @@ def sample_many(
     batch: int | None = None,
     texts: Texts | None = None,
 ) -> Iterator[Tensor]:
-    """Samples in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
+    """Samples of the family's pipeline in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
     `BATCH_PIXELS` allows). Text encoders are moved to ``device`` for their turn, the other parts for the length of the
     sampling, and all of them back to where they were. ``texts``: embeddings from
     before; the pipeline then needs no text encoder for the texts that they hold.
     """
-    groups = _groups(settings, batch)
+    groups = _groups(settings, batch if family.batched_sampling else 1)
     texts = texts or Texts(pipeline)
     texts.encode(settings, device)
     held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
     with _on_device(held, device):
         for group in groups:
             members = [settings[i] for i in group]
-            arguments = _arguments(pipeline, members) | texts.arguments(members)
+            arguments = _arguments(family, pipeline, members) | texts.arguments(members)
             if on_step is not None and "callback_on_step_end" in _parameters(pipeline):
                 arguments["callback_on_step_end"] = _reporter(on_step, group, members[0].steps)
             with _schedule(pipeline, members[0].shift):
@@ -118,7 +122,7 @@ def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
-def _arguments(pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, Any]:
+def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, Any]:
     """The call's arguments, but for the text: those of ours that the pipeline's signature knows."""
     import torch
 
@@ -127,24 +131,21 @@ def _arguments(pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, An
         "height": first.height,
         "width": first.width,
         "num_inference_steps": first.steps,
-        "guidance_scale": first.guidance,
         "generator": [torch.Generator("cpu").manual_seed(one.seed) for one in members],
         "output_type": "pt",
         "return_dict": False,
     }
     if "num_frames" in known:
         arguments["num_frames"] = first.frames
-    if first.image is not None:
-        arguments["image"] = first_frame(first.image, first.height, first.width)
-    if first.text_length is not None:
-        arguments["max_sequence_length"] = first.text_length
+    pictures = [picture(path, first.height, first.width) for path in first.images]
+    arguments |= family.sampling_arguments(first.guidance, pictures, first.text_length)
     unknown = sorted(set(arguments) - set(known))
     assert not unknown, f"{type(pipeline).__name__} takes no {', '.join(unknown)}"
     return arguments
 
 
-def first_frame(path: Path, height: int, width: int) -> Image.Image:
-    """The picture at the sample's size, by the transform that training clips go through."""
+def picture(path: Path, height: int, width: int) -> Image.Image:
+    """A picture (or the first frame of a video) at the sample's size, by the transform of training clips."""
     from PIL import Image
 
     from kinema.data.buckets import Clip

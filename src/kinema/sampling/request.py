@@ -47,7 +47,7 @@ def defaults_of_run(config: Config, family: Family) -> RunDefaults:
         frames=preview.frames or (1 if image else max(buckets.frames)),
         fps=preview.fps or buckets.fps or family.variant.sampling.fps,
         steps=preview.steps,
-        guidance=preview.guidance,
+        guidance=family.variant.sampling.guidance if preview.guidance is None else preview.guidance,
         negative=preview.negative_prompt,
     )
 
@@ -75,17 +75,23 @@ def _nearest(value: int, step: int, first: int) -> str:
     return str(below) if value < below else f"{below} or {below + step}"
 
 
-def check_image(family: Family, image: Path | None, name: str = "--image") -> None:
-    """UserError if a picture is needed and not given, given and not taken, or cannot be read."""
-    if family.from_image and image is None:
-        raise UserError(f"{family.variant.name} makes a video from its first frame: give the picture with {name}.")
-    if image is None:
-        return
-    if not family.from_image:
-        raise UserError(f"{name} {image}: {family.variant.name} makes videos from text alone; leave it away.")
+def check_images(family: Family, images: Sequence[Path], name: str = "--image") -> None:
+    """UserError if pictures are needed and not given, given and not taken, or cannot be read."""
+    variant, (least, most) = family.variant, family.variant.pictures
+    if most == 0 and images:
+        raise UserError(
+            f"{name} {images[0]}: {variant.name} makes its {variant.modality}s from text alone; leave it away."
+        )
+    if not least <= len(images) <= most:
+        what = "edits pictures" if "controls" in variant.conditions else "makes a video from its first frame"
+        what += " and its last one" if "last_frame" in variant.conditions else ""
+        wanted = {1: "the picture", 2: "both pictures, the first frame first,"}.get(least, f"{least} pictures")
+        more = f" ({least} to {most} of them)" if most > least else ""
+        raise UserError(f"{variant.name} {what}: give {wanted} with {name}{more}; {len(images)} given.")
     from kinema.data.media import probe
 
-    probe(image)
+    for image in images:
+        probe(image)
 
 
 def check_previews(config: Config, family: Family) -> None:
@@ -95,8 +101,20 @@ def check_previews(config: Config, family: Family) -> None:
         return
     size = defaults_of_run(config, family)
     check_size(family, size.height, size.width, size.frames, "preview.")
-    for image in preview.images or (None,):
-        check_image(family, image, "preview.images")
+    for images in preview_images(config, family):
+        check_images(family, images, "preview.images")
+
+
+def preview_images(config: Config, family: Family) -> list[tuple[Path, ...]]:
+    """The pictures of each preview: an equal share of ``preview.images`` for each prompt, in their order."""
+    prompts, images = config.preview.prompts, config.preview.images
+    if not prompts or len(images) % len(prompts):
+        raise UserError(
+            f"preview.images: {len(images)} pictures do not divide over {len(prompts)} prompts; "
+            f"{family.variant.name} needs as many for each prompt."
+        )
+    share = len(images) // len(prompts)
+    return [images[i * share : (i + 1) * share] for i in range(len(prompts))]
 
 
 def slug(prompt: str) -> str:

@@ -21,7 +21,7 @@ from kinema.dtypes import torch_dtype
 from kinema.families.base import Family, Parts
 from kinema.sampling.command import add_to_index, prepare_index
 from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
-from kinema.sampling.request import check_previews, defaults_of_run, slug
+from kinema.sampling.request import check_previews, defaults_of_run, preview_images, slug
 from kinema.sampling.writing import suffix, write_video
 from kinema.training.networks import evaluating
 
@@ -64,7 +64,7 @@ class Previewer:
             for network in networks.values():
                 stack.enter_context(self._computing(network))
             pipeline = self._pipeline(networks)
-            samples = sample_many(pipeline, self.settings, self.world.device, texts=self.texts)
+            samples = sample_many(self.family, pipeline, self.settings, self.world.device, texts=self.texts)
             for name, one, frames in zip(names, self.settings, samples, strict=True):
                 if self.world.is_main:
                     entry = {**one.to_json(), "fps": fps, "step": step}
@@ -134,10 +134,10 @@ def preview_settings(config: Config, family: Family) -> list[SampleSettings]:
             guidance=wanted.guidance,
             seed=preview.seed + i,
             negative=wanted.negative,
-            image=preview.images[i] if preview.images else None,
+            images=images,
             text_length=family.text_length,
         )
-        for i, prompt in enumerate(preview.prompts)
+        for i, (prompt, images) in enumerate(zip(preview.prompts, preview_images(config, family), strict=True))
     ]
 
 
