@@ -98,7 +98,7 @@ def locate(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     for name in ("comfyui", "kohya"):
         files = files or sorted((path / name).glob("*.safetensors"))
-    stems = {re.sub(r"-expert(_\d)?$", "", file.stem) for file in files}
+    stems = {re.sub(r"-(high|low|expert(_\d)?)$", "", file.stem) for file in files}  # of experts
     if not files or (len(files) > 1 and len(stems) > 1):
         found_names = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{path}: expected one adapter file (.safetensors), found {found_names}. Name the file itself.")

@@ -1,8 +1,13 @@
-"""Wan 2.1 (Wan Team 2025, arXiv 2503.20314): text-to-video and image-to-video.
+"""Wan 2.1 and 2.2 (Wan Team 2025, arXiv 2503.20314): videos from text, from a first frame, from a first and a last one.
 
-A transformer on 16-channel latents of a causal video autoencoder (4 x 8 x 8), told the text by cross-attention to
-UMT5-XXL. Image-to-video sees the first frame twice: its CLIP embedding in cross-attention, and its latents, with
-a mask, in 20 channels beside x_t. Inputs equal those of diffusers' WanPipeline and WanImageToVideoPipeline.
+A transformer on the latents of a causal video autoencoder (16 channels, 4 x 8 x 8; 48 channels, 4 x 16 x 16 in the 5B
+model), told the text by cross-attention to UMT5-XXL. A given frame comes in one of three ways:
+
+- 2.1: its CLIP embedding in cross-attention, and its latents, with a mask, in 20 channels beside x_t;
+- 2.2 A14B: the 20 channels alone; the noise levels are shared by two networks (experts);
+- 2.2 5B: in place of the first frame of x_t, with time 0 for its tokens.
+
+Inputs equal those of diffusers' WanPipeline and WanImageToVideoPipeline.
 """
 
 from __future__ import annotations
@@ -13,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
-from kinema.errors import ConfigError, UserError
+from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared
-from kinema.families.loading import Found, read_json
+from kinema.families.loading import Found
 from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
-from kinema.families.tensors import looks_like, tensor_shapes
-from kinema.families.wan_encode import encode_image, encode_text, initialise_network
+from kinema.families.wan_detect import choose, read_traits
+from kinema.families.wan_encode import encode_ends, encode_image, encode_text, ends_mask, initialise_network
 from kinema.families.wan_names import NETWORK
-from kinema.families.wan_parts import PARTS, VARIANTS
+from kinema.families.wan_parts import BOUNDARY, PARTS, TIME_PER_TOKEN, VARIANTS
+from kinema.randomness import generator
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,12 +35,10 @@ TEXT_LENGTH = 512
 """Tokens of text that the published networks were trained with, padding included."""
 TIME_SCALE = 1000.0
 """The network takes t in [0, 1000]."""
-MASK_CHANNELS = 4
-"""The mask of image-to-video has one channel for each frame of a latent: 1 where the frame is given."""
 
 
 class Wan(StandardFamily):
-    """The Wan 2.1 models."""
+    """The Wan models."""
 
     name = "wan"
     variants = VARIANTS
@@ -43,36 +47,71 @@ class Wan(StandardFamily):
     encoding_version = "wan-1"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
-        if "num_attention_heads" in described:  # the original layout's file calls it num_heads
-            width = described["num_attention_heads"] * described["attention_head_dim"]
-            from_image = described.get("image_dim") is not None
-        else:
-            shapes = tensor_shapes(found.files)
-            width = shapes.get("patch_embedding.weight", (0,))[0]
-            from_image = "img_emb.proj.1.weight" in shapes
-            if width not in (1536, 5120):
-                raise UserError(
-                    f"{found.key}: {found.place} looks like {looks_like(shapes)}, not a Wan 2.1 network of a published "
-                    "size. Name model.variant, or give model.path = a diffusers directory that describes it."
-                )
-        if not from_image:
-            return "t2v-14b" if width >= 5120 else "t2v-1.3b"
-        # The two have the same shapes: official names tell, and so does the time shift of a diffusers directory.
+        experts = self._find("network_2", weights=False) is not None
         scheduler = self._find("scheduler", weights=False)
-        shift = read_json(scheduler.config).get("flow_shift") if scheduler and scheduler.config else None
-        named = "720p" in f"{found.place.parent.name}/{found.place.name}".lower()
-        return "i2v-14b-720p" if named or (shift or 0) >= 5 else "i2v-14b-480p"
+        return choose(read_traits(described, found), described, found, scheduler, experts)
 
     @property
     def text_length(self) -> int:
         """Tokens of text that the network sees."""
         return self.config.text_length or TEXT_LENGTH
 
+    @property
+    def to_last(self) -> bool:
+        """Whether the video's last frame is given too."""
+        return "last_frame" in self.variant.conditions
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether the network reads CLIP's embeddings of the given frames."""
+        return "image_encoder" in self.variant.parts
+
+    @property
+    def time_per_token(self) -> bool:
+        """Whether the network is told a time for every token, which is how it is given a frame."""
+        return self.variant.name in TIME_PER_TOKEN
+
+    @property
+    def first_frame_p(self) -> float:
+        """Share of the clips whose first frame is given."""
+        p = self.config.first_frame_p
+        return float(self.from_image) if p is None else p
+
+    # -- experts ---------------------------------------------------------------------------------------------------
+
+    def time_range(self, part: str) -> tuple[float, float]:
+        low, high = super().time_range(part)
+        boundary = BOUNDARY.get(self.variant.name)
+        if boundary is None:
+            return low, high
+        return (boundary, high) if part == "network" else (low, boundary)
+
+    def expert(self, part: str) -> str:
+        if self.variant.name not in BOUNDARY:
+            return ""
+        return "high" if part == "network" else "low"
+
+    def needed_parts(self, config: Config) -> tuple[str, ...]:
+        """An expert that neither trains nor samples may be left out."""
+        parts = super().needed_parts(config)
+        if config.preview.prompts:
+            return parts
+        return tuple(part for part in parts if not part.startswith("network") or part in self.trained_parts())
+
+    def pipeline_modules(self, parts: Parts) -> dict[str, Any]:
+        settings = {"boundary_ratio": BOUNDARY.get(self.variant.name), "expand_timesteps": self.time_per_token}
+        return super().pipeline_modules(parts) | settings
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
     def encodings(self) -> tuple[Encoding, ...]:
         media = [LATENTS]
-        if self.from_image:
-            media.append(Encoding("first_frame", "media", ("autoencoder",)))
-            media.append(Encoding("image", "media", ("image_encoder", "image_processor")))
+        given = "first and last" if self.to_last else ""
+        if self.first_frame_p > 0:
+            settings = "alone" if self.time_per_token else given
+            media.append(Encoding("first_frame", "media", ("autoencoder",), settings))
+        if self.reads_clip:
+            media.append(Encoding("image", "media", ("image_encoder", "image_processor"), given))
         text = Encoding("text", "caption", ("text_encoder", "tokenizer"), f"length {self.text_length}")
         return (text, *media)
 
@@ -80,19 +119,19 @@ class Wan(StandardFamily):
         import torch
 
         with torch.no_grad():
+            if encoding.name == "latents":
+                return self.encode_latents(parts["autoencoder"], samples)
             if encoding.name == "text":
                 captions = [sample.caption for sample in samples]
                 rows = encode_text(parts["text_encoder"], parts["tokenizer"], captions, self.text_length)
-                return [{"text": row} for row in rows]
-            if encoding.name == "image":
-                rows = encode_image(parts["image_encoder"], parts["image_processor"], samples)
-                return [{"image": row} for row in rows]
-            if encoding.name == "first_frame":
-                video = pixels_of(samples)
-                video[:, :, 1:] = 0  # grey, as at sampling
-                mean, _ = encode_pixels(parts["autoencoder"], video)
-                return [{"first_frame": row} for row in mean]
-            return self.encode_latents(parts["autoencoder"], samples)
+            elif encoding.name == "image":
+                frames = (0, -1) if self.to_last else (0,)
+                rows = encode_image(parts["image_encoder"], parts["image_processor"], samples, frames)
+            elif self.time_per_token:  # the autoencoder is causal: the first latent sees the first frame alone
+                rows = list(encode_pixels(parts["autoencoder"], pixels_of(samples)[:, :, :1])[0])
+            else:
+                rows = encode_ends(parts["autoencoder"], samples, last=self.to_last)
+            return [{encoding.name: row} for row in rows]
 
     def prepare(self, batch: Batch, networks: Mapping[str, nn.Module] | None = None) -> Prepared:
         import torch
@@ -103,13 +142,31 @@ class Wan(StandardFamily):
         for row, tokens in zip(padded, text, strict=True):
             row[: len(tokens)] = tokens
         conditioning: dict[str, Any] = {"encoder_hidden_states": padded}
-        if self.from_image:
-            conditioning["encoder_hidden_states_image"] = torch.stack(batch.tensors["image"])
-            first = torch.stack(batch.tensors["first_frame"])
-            mask = first.new_zeros(len(first), MASK_CHANNELS, *first.shape[2:])
-            mask[:, :, 0] = 1
-            conditioning["channels"] = torch.cat([mask, first], dim=1)
+        if self.reads_clip:
+            images = torch.stack(batch.tensors["image"])  # both ends as two rows of the batch, as in the pipeline
+            conditioning["encoder_hidden_states_image"] = images.flatten(0, 1) if self.to_last else images
+        if self.first_frame_p == 0:
+            return Prepared(latents, conditioning)
+        first = torch.stack(batch.tensors["first_frame"])
+        if self.time_per_token:
+            return self._with_first_frames(batch, latents, first, conditioning)
+        conditioning["channels"] = torch.cat([ends_mask(first, last=self.to_last), first], dim=1)
         return Prepared(latents, conditioning)
+
+    def _with_first_frames(
+        self, batch: Batch, latents: Tensor, first: Tensor, conditioning: dict[str, Any]
+    ) -> Prepared:
+        import torch
+
+        given = torch.zeros_like(latents[:, :1])
+        if latents.shape[2] > 1:  # a picture is learnt
+            for row, index in enumerate(batch.indices):
+                draw = torch.rand((), generator=generator(self.seed, batch.step, index, "first_frame"))
+                given[row, :, 0] = float(draw < self.first_frame_p)
+        beginning = torch.cat([first, latents[:, :, 1:]], dim=2)
+        return Prepared(torch.where(given.bool(), beginning, latents), conditioning, given)
+
+    # -- the network -----------------------------------------------------------------------------------------------
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         import torch
@@ -120,6 +177,8 @@ class Wan(StandardFamily):
         if t.ndim == 5:  # one time for each token
             frames, rows, columns = self.variant.patch
             t = t[:, 0, ::frames, ::rows, ::columns].flatten(1)
+        elif self.time_per_token:
+            t = t[:, None].expand(-1, self.tokens(x_t))
         dtype = next(p.dtype for name, p in network.named_parameters() if "patch_embedding" in name)
         return network(
             hidden_states=x_t.to(dtype),
@@ -140,11 +199,15 @@ class Wan(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        if self.from_image and self.text_length != TEXT_LENGTH:
+        if self.reads_clip and self.text_length != TEXT_LENGTH:
             raise ConfigError(
-                f"model.text_length: image-to-video networks tell text from image by position, so it must be "
+                f"model.text_length: {self.variant.name} tells text from image by position, so it must be "
                 f"{TEXT_LENGTH}, not {self.text_length}. Leave the key out."
             )
+        p = config.model.first_frame_p
+        if p is not None and (not self.time_per_token or (self.from_image and p == 0)):
+            told = "always" if self.from_image else "never"
+            raise ConfigError(f"model.first_frame_p: {self.variant.name} is {told} given a frame. Leave the key out.")
 
     def initialise(self, network: nn.Module) -> None:
         initialise_network(network)
@@ -153,4 +216,4 @@ class Wan(StandardFamily):
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:
         from kinema.families.wan_tiny import write_tiny
 
-        return write_tiny(directory, "image_encoder" in cls.variants[variant].parts, seed)
+        return write_tiny(directory, cls.variants[variant], seed)

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.data.batch import Sample
 from kinema.errors import UserError
+from kinema.families.standard import encode_pixels, pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+
+MASK_CHANNELS = 4
+"""Frames of the video that one latent frame stands for."""
 
 
 def encode_text(encoder: Any, tokenizer: Any, captions: Sequence[str], length: int) -> list[Tensor]:
@@ -46,14 +50,35 @@ def encode_text(encoder: Any, tokenizer: Any, captions: Sequence[str], length: i
     return [row[:count].clone() for row, count in zip(hidden, counts, strict=True)]
 
 
-def encode_image(encoder: Any, processor: Any, samples: Sequence[Sample]) -> list[Tensor]:
-    """Hidden states [tokens, C] before CLIP's last layer, of the first frame of each sample's clip."""
+def encode_image(encoder: Any, processor: Any, samples: Sequence[Sample], frames: Sequence[int] = (0,)) -> list[Tensor]:
+    """Hidden states before CLIP's last layer, of these frames of each sample's clip: [tokens, C] of one frame,
+    [frames, tokens, C] of several."""
     from PIL import Image
 
     clips = [sample.pixels for sample in samples if sample.pixels is not None]
-    frames = [Image.fromarray(clip[:, 0].permute(1, 2, 0).cpu().numpy()) for clip in clips]
-    inputs = processor(images=frames, return_tensors="pt").to(encoder.device)
-    return list(encoder(**inputs, output_hidden_states=True).hidden_states[-2].cpu().unbind(0))
+    pictures = [Image.fromarray(clip[:, i].permute(1, 2, 0).cpu().numpy()) for clip in clips for i in frames]
+    inputs = processor(images=pictures, return_tensors="pt").to(encoder.device)
+    hidden = encoder(**inputs, output_hidden_states=True).hidden_states[-2].cpu()
+    return list((hidden if len(frames) == 1 else hidden.unflatten(0, (-1, len(frames)))).unbind(0))
+
+
+def encode_ends(autoencoder: Any, samples: Sequence[Sample], *, last: bool) -> list[Tensor]:
+    """Normalised latents [C, T, H, W] of each clip with all but its first frame (and with ``last`` its last one) grey,
+    as at sampling."""
+    video = pixels_of(samples)
+    video[:, :, 1 : -1 if last else None] = 0
+    mean, _ = encode_pixels(autoencoder, video)
+    return list(mean)
+
+
+def ends_mask(latents: Tensor, *, last: bool) -> Tensor:
+    """Which frames of the video are given, [B, 4, T, H, W] for latents [B, C, T, H, W]: one channel for each frame of a
+    latent, of which the first stands for one frame."""
+    mask = latents.new_zeros(len(latents), MASK_CHANNELS, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    if last:
+        mask[:, -1, -1] = 1
+    return mask
 
 
 def initialise_network(network: nn.Module) -> None:

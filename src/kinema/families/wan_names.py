@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kinema.families.layout import Layout
 from kinema.families.names import NameMap
+from kinema.families.part_names import wan_autoencoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ NETWORK = Layout(
         ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
         ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
         ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
         *(
             (f"blocks.{{}}.{ours}.{layer}", f"blocks.{{}}.{theirs}.{original}")
             for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
@@ -52,6 +54,39 @@ NETWORK = Layout(
     ]
 )
 """diffusers' WanTransformer3DModel against the original."""
+
+AUTOENCODER_22 = NameMap(
+    [
+        ("quant_conv", "conv1"),
+        ("post_quant_conv", "conv2"),
+        *(
+            pair
+            for end, level, lists, resampler in (
+                ("encoder", "downsamples", "down_blocks", ("downsampler", "downsamples.2")),
+                ("decoder", "upsamples", "up_blocks", ("upsampler", "upsamples.3")),
+            )
+            for pair in (
+                (f"{end}.conv_in", f"{end}.conv1"),
+                (f"{end}.norm_out", f"{end}.head.0"),
+                (f"{end}.conv_out", f"{end}.head.2"),
+                (f"{end}.mid_block.attentions.0", f"{end}.middle.1"),
+                # Each level ends with its resampler, after two residual blocks or three.
+                (f"{end}.{lists}.{{}}.{resampler[0]}", f"{end}.{level}.{{}}.{resampler[1]}"),
+                (f"{end}.{lists}.{{}}.resnets.{{}}.conv_shortcut", f"{end}.{level}.{{}}.{level}.{{}}.shortcut"),
+                *(
+                    (f"{ours}.{layer}", f"{theirs}.residual.{number}")
+                    for ours, theirs in (
+                        (f"{end}.mid_block.resnets.0", f"{end}.middle.0"),
+                        (f"{end}.mid_block.resnets.1", f"{end}.middle.2"),
+                        (f"{end}.{lists}.{{}}.resnets.{{}}", f"{end}.{level}.{{}}.{level}.{{}}"),
+                    )
+                    for layer, number in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6))
+                ),
+            )
+        ),
+    ]
+)
+"""diffusers' AutoencoderKLWan against ``Wan2.2_VAE.pth``."""
 
 TEXT_ENCODER = NameMap(
     [
@@ -88,6 +123,13 @@ _IMAGE_ENCODER = NameMap(
 )
 """transformers' CLIPVisionModel, its three projections as one, against
 ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``."""
+
+
+def autoencoder_from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names of ``Wan2.1_VAE.pth`` or ``Wan2.2_VAE.pth``, or diffusers' own, to diffusers'."""
+    if "encoder.downsamples.0.downsamples.0.residual.0.gamma" in state:
+        return AUTOENCODER_22.restore_all(state)
+    return wan_autoencoder(state)
 
 
 def text_encoder_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

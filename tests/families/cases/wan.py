@@ -30,13 +30,18 @@ class Wan(Case):
         hidden: Tensor = inputs["hidden_states"]
         return hidden[:, :16] if hidden.shape[1] in (16, 36) else hidden  # the rest: the mask and the given frames
 
+    def exact_t(self, pipeline: Any, step: int, t: Tensor) -> Tensor:
+        sigma = pipeline.scheduler.sigmas[step].to(t)  # the network is told whole thousandths
+        return sigma.where(t > 0, t)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken(Wan):
     """A time for each token; one latent is 16 x 16 pixels, a token two by two of them."""
 
+    frames: int = 5
     height: int = 64
-    width: int = 96
+    width: int = 64
 
     def t(self, family: Family, inputs: Inputs) -> Tensor:
         time: Tensor = inputs["timestep"] / 1000
