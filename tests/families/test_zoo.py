@@ -327,9 +327,7 @@ def test_e_adapters_come_back(model: Model, tmp_path: Path, layout: str) -> None
     if hasattr(pipeline, "load_lora_weights"):
         pipeline.load_lora_weights(folder, weight_name=file.name)
     else:
-        from safetensors.torch import load_file
-
-        theirs.load_lora_adapter(load_file(file), prefix=model.family.folder("network"))
+        theirs.load_lora_adapter(folder, weight_name=file.name, prefix=model.family.folder("network"))
     assert_same(model.output(theirs), expected, 1e-5, "read by diffusers")
 
 
