@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -256,3 +257,40 @@ def test_what_is_refused(directories: dict[str, Path], variant: str, model: dict
     wanted = config(variant=variant, path=str(directories[variant]), **model)
     with pytest.raises(ConfigError, match=message):
         Flux(wanted.model).validate(wanted)
+
+
+def test_samples_are_guided_as_the_network_is(directories: dict[str, Path]) -> None:
+    """By an input where it is distilled; by classifier-free guidance where its embedding is left out."""
+    dev = family(path=str(directories["dev"]), variant="dev")
+    assert dev.sampling_arguments(3.5, [], 512) == {"guidance_scale": 3.5, "max_sequence_length": 512}
+    bypassing = family(path=str(directories["dev"]), variant="dev", bypass_guidance=True)
+    assert bypassing.sampling_arguments(3.5, [], None) == {"true_cfg_scale": 3.5}
+
+
+def test_edited_pictures_have_the_size_that_is_asked_for(directories: dict[str, Path], tmp_path: Path) -> None:
+    """The pipeline alone would draw 1024 x 1024. Two samples of one call equal what each is alone."""
+    from kinema.sampling.pipeline import SampleSettings, sample_many
+
+    flux = family(path=str(directories["kontext-dev"]), variant="kontext-dev")
+    pipeline = flux.pipeline({part: flux.load(part, "cpu", None) for part in flux.variant.parts})
+    pipeline.set_progress_bar_config(disable=True)
+    Image.effect_noise((70, 50), 60).convert("RGB").save(tmp_path / "noise.png")
+    wanted = [
+        SampleSettings(prompt, 32, 48, 1, steps=2, guidance=2.5, seed=seed, images=(tmp_path / "noise.png",))
+        for seed, prompt in enumerate(("a red ball", "the blue box"))
+    ]
+    together = list(sample_many(flux, pipeline, wanted))
+    alone = [next(iter(sample_many(flux, pipeline, [one]))) for one in wanted]
+    assert together[0].shape == (3, 1, 32, 48)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_other_families_refuse_what_they_do_not_read(tmp_path: Path) -> None:
+    from kinema.families.chroma import Chroma
+
+    tables = {"data": {"sources": [{"path": "."}]}, "training": {"steps": 1}}
+    wanted = Config.model_validate({"model": {"family": "chroma", "variant": "hd", "guidance": 2.0}} | tables)
+    with pytest.raises(ConfigError, match=r"model\.guidance: chroma has nothing that reads it"):
+        Chroma(wanted.model).validate(wanted)

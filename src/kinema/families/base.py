@@ -143,6 +143,8 @@ class Family(ABC):
     """The time law of training when the configuration names none; "native" is `native_time`."""
     default_weighting: ClassVar[Literal["none", "min_snr", "debiased", "edm"]] = "none"
     """The loss weight when the configuration names none."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Keys of ``[model]`` that not every family reads (`kinema.families.checks.OPTIONS`), and this one does."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config = config

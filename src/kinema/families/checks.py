@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kinema.config.schema import Config
 from kinema.errors import ConfigError
 from kinema.families.base import Variant
+
+OPTIONS = ("bypass_guidance", "first_frame_p", "guidance")
+"""Keys of ``[model]`` that only some families read: their `Family.options` name them."""
+
+
+def check_options(config: Config, family: str, options: Sequence[str]) -> None:
+    """ConfigError for keys that the family does not read, which has these ``options``."""
+    for key in OPTIONS:
+        if key in config.model.model_fields_set and key not in options:
+            raise ConfigError(f"model.{key}: {family} has nothing that reads it; leave the key out.")
 
 
 def check_controls(config: Config, variant: Variant) -> None:

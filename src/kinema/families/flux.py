@@ -101,6 +101,7 @@ class Flux(StandardFamily):
     parts = PARTS
     network_layout = NETWORK
     encoding_version = "flux-1"
+    options = ("guidance", "bypass_guidance")
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
         if "guidance_embeds" in described:
@@ -236,6 +237,14 @@ class Flux(StandardFamily):
                 raise ConfigError(f"model.{key}: schnell has no guidance embedding that would read it. Leave it out.")
         if config.model.bypass_guidance and config.model.guidance is not None:
             raise ConfigError("model.guidance: model.bypass_guidance leaves out what would read it. Give one of them.")
+
+    def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
+        arguments = super().sampling_arguments(guidance, pictures, text_length)
+        if self.config.bypass_guidance:  # nothing tells the network a scale: guide it as it was before distillation
+            arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        if pictures:  # else what is made is as large as 1024 x 1024, from a picture of a preferred size
+            arguments |= {"max_area": pictures[0].width * pictures[0].height, "_auto_resize": False}
+        return arguments
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ from kinema.data.batch import Encoding, Sample
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family, Parts, Variant
-from kinema.families.checks import check_controls, check_sizes
+from kinema.families.checks import check_controls, check_options, check_sizes
 from kinema.families.identity import part_identity
 from kinema.families.layout import Layout
 from kinema.families.loading import (
@@ -217,6 +217,7 @@ class StandardFamily(Family):
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def validate(self, config: Config) -> None:
+        check_options(config, self.name, self.options)
         check_sizes(config, self.variant)
         check_controls(config, self.variant)
         self._check_trained(config)

@@ -45,6 +45,7 @@ class Wan(StandardFamily):
     parts = PARTS
     network_layout = NETWORK
     encoding_version = "wan-1"
+    options = ("first_frame_p",)
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
         experts = self._find("network_2", weights=False) is not None
