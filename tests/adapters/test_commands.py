@@ -218,6 +218,24 @@ def test_a_merged_checkpoint_is_the_base_with_every_adapter_folded_in(tmp_path, 
     assert not same(merged, load(base).state_dict())
 
 
+def test_whole_parameters_are_merged_too(tmp_path, base):
+    family, adapter = open_model(str(base), **WHAT).family, adapter_on(base)
+    save_adapter(tmp_path / "x.safetensors", "comfyui", [adapter], family, metadata={})
+    tensors = load_file(tmp_path / "x.safetensors")
+    save_file({**tensors, "diffusion_model.blocks.1.norm3.diff": torch.ones(24)}, tmp_path / "y.safetensors")
+    merge(str(base), [(tmp_path / "y.safetensors", 0.5)], tmp_path / "out", "diffusers", **WHAT)
+    network = load(base)
+    fold_adapter(network, adapter, 0.5)
+    network.get_parameter("blocks.1.norm2.weight").data += 0.5
+    merged = weights(tmp_path / "out")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+    save_file({**tensors, "diffusion_model.blocks.1.norm3.diff": torch.ones(5)}, tmp_path / "z.safetensors")
+    with pytest.raises(UserError, match=r"changes blocks\.1\.norm2\.weight \[5\], and that of the network is \[24\]"):
+        merge(str(base), [(tmp_path / "z.safetensors", 1.0)], tmp_path / "never", "diffusers", **WHAT)
+    assert not (tmp_path / "never").exists()
+
+
 def test_merging_rounds_once(tmp_path, base):
     """A bf16 base gets the fp32 sum of all adapters, rounded at the end."""
     short = tmp_path / "short"

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kinema.adapters.files import fold_file, locate, read_adapter
-from kinema.adapters.inject import adapter_of, fold_adapter, merge_adapter
+from kinema.adapters.inject import adapter_of, add_adapter, fold_adapter, merge_adapter, start_from
 from kinema.adapters.targets import adaptable_modules
 from kinema.adapters.write import DIFFUSERS_FILE, by_file, file_metadata, save_adapter
 from kinema.config.schema import AdapterConfig
@@ -323,6 +323,46 @@ def test_tucker_factors_of_lycoris_are_read(tmp_path):
     torch.testing.assert_close(network.patch_embedding.weight.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_whole_parameters_that_other_tools_add_to_are_folded_in(tmp_path):
+    """Distilled LoRAs of the community change norms and biases too (`.diff`, `.diff_b`)."""
+    adapter = adapter_of(trained("lora"))
+    save_adapter(tmp_path / "x.safetensors", "comfyui", [adapter], NAMES, metadata={})
+    start = "diffusion_model.blocks.0"
+    added = {
+        f"{start}.norm3.diff": torch.randn(24),
+        f"{start}.self_attn.q.diff_b": torch.randn(24),
+        f"{start}.modulation.diff": torch.randn(1, 6, 24),
+        f"{start}.self_attn.norm_k.diff": torch.zeros(24),
+    }
+    save_file(load_file(tmp_path / "x.safetensors") | added, tmp_path / "y.safetensors")
+    with_shifts = read(tmp_path / "y.safetensors", tiny_network())
+    assert len(with_shifts.shifts) == 3, "zeros are left out"
+    plain, whole = folded(adapter, factor=0.5).state_dict(), folded(with_shifts, factor=0.5).state_dict()
+    for name, value in plain.items():
+        shift = {
+            "blocks.0.norm2.weight": ".norm3.diff",
+            "blocks.0.attn1.to_q.bias": ".self_attn.q.diff_b",
+            "blocks.0.scale_shift_table": ".modulation.diff",
+        }.get(name)
+        expected = value if shift is None else value + 0.5 * added[start + shift]
+        torch.testing.assert_close(whole[name], expected, rtol=1e-6, atol=1e-6)
+    save_adapter(tmp_path / "z.safetensors", "comfyui", [with_shifts], NAMES, metadata={})
+    again = load_file(tmp_path / "z.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in added.items() if value.any())
+    with pytest.raises(UserError, match=r"also changes 3 whole parameters, .* layout kohya cannot hold"):
+        save_adapter(tmp_path / "k.safetensors", "kohya", [with_shifts], NAMES, metadata={})
+    network = tiny_network()
+    config = AdapterConfig(rank=4, init_from=tmp_path / "y.safetensors")
+    add_adapter(network, config, TARGETS, seed=0)
+    with pytest.raises(UserError, match=r"also changes 3 whole parameters, .*kinema merge"):
+        start_from(network, config, with_shifts)
+    save_file(
+        {f"{start}.norm9.diff": torch.ones(24), **load_file(tmp_path / "x.safetensors")}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(UserError, match=r"changes blocks\.0\.norm9\.weight \[24\], and there is none"):
+        fold_file(tmp_path / "w.safetensors", NAMES, {"network": tiny_network()})
+
+
 # -- several parts -----------------------------------------------------------------------------------------------------
 
 
@@ -407,8 +447,8 @@ def test_files_that_are_no_adapter_for_this_network_are_told(tmp_path):
         reading({f"diffusion_model.blocks.0.txt_attn.q.lora_{x}.weight": v for x, v in (("A", a), ("B", b))})
     with pytest.raises(UserError, match="no layer for lora_unet_double_blocks_0_img_attn_qkv"):
         reading({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": a})
-    with pytest.raises(UserError, match=r"1 tensors are none, for instance .*self_attn\.q\.diff_b"):
-        reading({**pair, f"{key}.diff_b": torch.zeros(24)})
+    with pytest.raises(UserError, match=r"1 tensors are none, for instance .*self_attn\.q\.hada_w1_a"):
+        reading({**pair, f"{key}.hada_w1_a": torch.zeros(24, 2)})
     with pytest.raises(UserError, match=r"q has lora_A\.weight, which is no complete lora layer"):
         reading({f"{key}.lora_A.weight": a})
     with pytest.raises(UserError, match=r"no complete lora layer"):

@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.adapters.factors import fitted, is_whole, rank_and_alpha
 from kinema.adapters.names import Names, flat_names, from_original_layers, layout_of
 from kinema.adapters.state import IA3, LOKR, LORA_A, LORA_B, MAGNITUDE, Adapter
 from kinema.adapters.targets import Modules
@@ -37,6 +38,8 @@ _WORDS = {
     **{f".{ending}": ending for ending in (LORA_A, LORA_B, MAGNITUDE, IA3, *LOKR)},
 }
 """How names of tensors end in some layout -> the ending that `Adapter` has."""
+_SHIFTS = {".diff": "weight", ".diff_b": "bias"}
+"""How names end of what is added to a whole parameter."""
 _PROCESSOR = re.compile(r"\.processor\.(to_\w+?)_lora\.(down|up)\.weight$")
 _FLAT = re.compile(r"(lora_\w+|lycoris_\w+)$")
 
@@ -146,7 +149,8 @@ class _Reading:
 
     def read(self) -> AdapterFile:
         layers: dict[str, dict[str, Tensor]] = {}
-        strange = [name for name in self.tensors if split(name) is None]
+        shifts = self._shifts()
+        strange = [name for name in self.tensors if split(name) is None and name not in shifts]
         for name, value in self.tensors.items():
             if (words := split(name)) is not None:
                 layers.setdefault(words[0], {})[words[1]] = value
@@ -165,10 +169,24 @@ class _Reading:
             ours = {layer: factors for (at, old, layer), factors in placed.items() if at == part and not old}
             theirs = {layer: factors for (at, old, layer), factors in placed.items() if at == part and old}
             found = [self._adapter(part, ours, self.peft.get(part))] if ours else []
-            found += [from_original_layers(self._adapter(part, theirs, None), self.names)] if theirs else []
+            if theirs:
+                whole = {name: value for at, name, value in shifts.values() if at == part}
+                original = replace(self._adapter(part, theirs, None), shifts=whole)
+                found.append(from_original_layers(original, self.names))
             if found:
                 adapters[part] = self._fit(_union(found, self.file))
         return AdapterFile(adapters, self.metadata)
+
+    def _shifts(self) -> dict[str, tuple[str, str, Tensor]]:
+        """Name in the file -> (part, parameter by its original name, what is added to it), for original names. Those
+        that are zero everywhere are left out: some tools write them for every norm."""
+        found = {}
+        for name, value in self.tensors.items():
+            layer, dot, ending = name.rpartition(".")
+            if f".{ending}" in _SHIFTS and layer.startswith("diffusion_model."):
+                parameter = f"{layer.removeprefix('diffusion_model.')}.{_SHIFTS[dot + ending]}"
+                found[name] = (self._network() if value.any() else "", parameter, value)
+        return found
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -255,7 +273,7 @@ class _Reading:
         state: dict[str, Tensor] = {}
         ranks, alphas, on_input = {}, {}, set()
         for layer, factors in layers.items():
-            if not (needed <= set(factors) <= allowed and _whole(kind, factors)):
+            if not (needed <= set(factors) <= allowed and is_whole(kind, factors)):
                 raise UserError(
                     f"{self.file}: {layer} has {', '.join(sorted(factors))}, which is no complete {kind} layer. Is the "
                     "file complete, or does it mix several kinds?"
@@ -266,7 +284,7 @@ class _Reading:
                     on_input.add(layer)
             else:
                 given = None if alpha is None else float(alpha)
-                ranks[layer], alphas[layer] = _rank_and_alpha(kind, layer, factors, given, config)
+                ranks[layer], alphas[layer] = rank_and_alpha(kind, layer, factors, given, config)
             state |= {f"{layer}.{ending}": value for ending, value in factors.items() if ending != "alpha"}
         return Adapter(kind, state, ranks, alphas, part, frozenset(on_input))
 
@@ -283,89 +301,19 @@ class _Reading:
         state = dict(adapter.state)
         for layer in adapter.layers:
             weight: Tensor = _weight(self.modules[adapter.part][layer])
-            fitted = _fitted(adapter, layer, tuple(weight.shape))
-            if fitted is None:
+            factors = fitted(adapter, layer, tuple(weight.shape))
+            if factors is None:
                 sizes = ", ".join(f"{key} {list(value.shape)}" for key, value in adapter.factors(layer).items())
                 raise UserError(
                     f"{self.file}: {layer} has {sizes}, and the network's weight there is {list(weight.shape)}. Is the "
                     "adapter made for another model, or for another size of it?"
                 )
-            state |= {f"{layer}.{ending}": value for ending, value in fitted.items()}
-        return Adapter(adapter.kind, state, adapter.ranks, adapter.alphas, adapter.part, adapter.on_input)
+            state |= {f"{layer}.{ending}": value for ending, value in factors.items()}
+        return replace(adapter, state=state)
 
 
 def _weight(module: nn.Module) -> Any:
     return getattr(module, "base_layer", module).weight
-
-
-def _whole(kind: str, factors: Mapping[str, Tensor]) -> bool:
-    if kind in ("lora", "dora"):
-        return factors[LORA_A].shape[0] == factors[LORA_B].shape[1]
-    if kind == "ia3":
-        return True
-    pairs = all(("lokr_w1_a" in factors) == ("lokr_w1_b" in factors) for _ in (1, 2))
-    return pairs and all(
-        (f"lokr_w{i}" in factors) != ({f"lokr_w{i}_a", f"lokr_w{i}_b"} <= set(factors)) for i in (1, 2)
-    )
-
-
-def _rank_and_alpha(
-    kind: str, layer: str, factors: Mapping[str, Tensor], given: float | None, config: Mapping[str, Any] | None
-) -> tuple[int, float]:
-    """Rank and alpha of a layer: the file's own alpha, else PEFT's configuration, else the rank (a scale of 1)."""
-    if kind == "lokr":
-        from kinema.adapters.write import lokr_sizes
-
-        inner = factors.get("lokr_w2_b", factors.get("lokr_w1_b"))
-        if inner is None:
-            given = None  # LyCORIS ignores alpha where both matrices are whole
-        rank = max(lokr_sizes(factors)[1]) if inner is None else inner.shape[0]
-    else:
-        rank = factors[LORA_A].shape[0]
-    if given is not None or not config:
-        return rank, float(rank) if given is None else given
-    alpha = float(_of_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank))))
-    said = int(_of_pattern(config, "rank_pattern", layer, config.get("r", rank)))
-    if kind == "lokr":
-        return said, alpha
-    return rank, alpha * rank**0.5 if config.get("use_rslora") else alpha  # alpha / sqrt(rank), arXiv 2312.03732
-
-
-def _of_pattern(config: Mapping[str, Any], key: str, layer: str, usual: Any) -> Any:
-    patterns = config.get(key) or {}
-    return next((value for one, value in patterns.items() if re.match(rf"(.*\.)?({one})$", layer)), usual)
-
-
-def _fitted(adapter: Adapter, layer: str, shape: tuple[int, ...]) -> dict[str, Tensor] | None:
-    """A layer's factors for a weight of this shape; None if they do not fit. Some tools write linear layers as 1 x 1
-    convolutions, or the other way round."""
-    from math import prod
-
-    from kinema.adapters.write import lokr_sizes
-
-    factors = adapter.factors(layer)
-    if adapter.kind == "lokr":
-        (a, c), (b, d) = lokr_sizes(factors)
-        kernel = prod(factors["lokr_w2"].shape[2:]) if "lokr_w2" in factors else 1
-        kernel = prod(factors["lokr_t2"].shape[2:]) if "lokr_t2" in factors else kernel
-        return factors if a * b == shape[0] and c * d * kernel == prod(shape[1:]) else None
-    if adapter.kind == "ia3":
-        size = shape[1] if layer in adapter.on_input else shape[0]
-        return factors if factors[IA3].numel() == size else None
-    down, up = factors[LORA_A], factors[LORA_B]
-    rank = down.shape[0]
-    if down.numel() != rank * prod(shape[1:]) or up.numel() != rank * shape[0]:
-        return None
-    fitted = {LORA_A: down.reshape(rank, *shape[1:]), LORA_B: up.reshape(shape[0], rank, *[1] * (len(shape) - 2))}
-    if adapter.kind == "dora":
-        magnitude = factors[MAGNITUDE]
-        on_outputs = magnitude.numel() == shape[0] and (magnitude.ndim == 1 or 1 in magnitude.shape[:2])
-        if not on_outputs or (magnitude.ndim == 2 and magnitude.shape[0] == 1 and shape[0] > 1):
-            return None
-        fitted[MAGNITUDE] = (
-            magnitude.reshape(-1) if len(shape) == 2 else magnitude.reshape(1, -1, *[1] * (len(shape) - 2))
-        )
-    return fitted
 
 
 def _union(found: Iterable[Adapter], file: Path) -> Adapter:
@@ -374,12 +322,12 @@ def _union(found: Iterable[Adapter], file: Path) -> Adapter:
     for other in rest:
         if other.kind != first.kind:
             raise UserError(f"{file} mixes {first.kind} and {other.kind}; kinema reads files of one kind.")
-        first = Adapter(
-            first.kind,
-            first.state | other.state,
-            first.ranks | other.ranks,
-            first.alphas | other.alphas,
-            first.part,
-            first.on_input | other.on_input,
+        first = replace(
+            first,
+            state=first.state | other.state,
+            ranks=first.ranks | other.ranks,
+            alphas=first.alphas | other.alphas,
+            on_input=first.on_input | other.on_input,
+            shifts=first.shifts | other.shifts,
         )
     return first

@@ -195,6 +195,11 @@ def check_start(config: AdapterConfig, adapter: Adapter, plan: Mapping[str, Laye
             f"{where} changes layers that the configuration leaves out, for instance {min(unknown)}. "
             "Widen adapter.targets, or take a pattern out of adapter.exclude."
         )
+    if adapter.shifts:
+        raise UserError(
+            f"{where} also changes {len(adapter.shifts)} whole parameters, for instance {min(adapter.shifts)}, which "
+            "no adapter of kinema trains. Fold it into the base with `kinema merge`, and train on the result."
+        )
     for layer in adapter.layers:
         if adapter.kind in ("lora", "dora") and adapter.ranks[layer] != plan[layer].rank:
             raise UserError(
@@ -240,6 +245,23 @@ def fold_adapter(network: nn.Module, adapter: Adapter, factor: float = 1.0) -> N
         for layer in adapter.layers:
             module: Any = network.get_submodule(layer)
             _fold(getattr(module, "base_layer", module), adapter, layer, factor)
+        parameters = dict(network.named_parameters()) if adapter.shifts else {}
+        for name, shift in adapter.shifts.items():
+            parameter = parameters[shifted(name, shift, parameters)]
+            parameter += factor * shift.to(parameter.device)
+
+
+def shifted(name: str, shift: Tensor, parameters: Mapping[str, Tensor]) -> str:
+    """The parameter that a shift is added to: files do not tell weights of layers from parameters of their own.
+    UserError unless the network has it, of this shape."""
+    found = name if name in parameters else name.removesuffix(".weight")
+    if found not in parameters or parameters[found].shape != shift.shape:
+        there = f"that of the network is {list(parameters[found].shape)}" if found in parameters else "there is none"
+        raise UserError(
+            f"The adapter changes {name} {list(shift.shape)}, and {there}. Is it made for another model, or for "
+            "another size of it?"
+        )
+    return found
 
 
 def _fold(module: Any, adapter: Adapter, layer: str, factor: float) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema.adapters.arithmetic import merged_weight
 from kinema.adapters.files import read_adapter
+from kinema.adapters.inject import shifted
 from kinema.adapters.model import Model, empty_modules, open_model, write_checkpoint
 from kinema.adapters.state import Adapter
 from kinema.config.layouts import LayoutName
@@ -27,6 +28,7 @@ class Folded:
     adapter: Adapter
     factor: float
     layers: frozenset[str]
+    shifts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def merge(
@@ -60,6 +62,7 @@ def merge(
         others = [one for one in found if one != part]
         lines += [f"  it also changes the {one}: merge that with --part {one}" for one in others]
     weights = model.weights()
+    folded = [replace(one, shifts=_shifts(one.adapter, weights)) for one in folded]
     kind = None if dtype is None else torch_dtype(dtype)
     write_checkpoint(
         out,
@@ -74,6 +77,10 @@ def merge(
     return [f"{base}: the {part} of {model.name}", *lines, f"wrote {out} ({to})"]
 
 
+def _shifts(adapter: Adapter, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {shifted(name, shift, weights): shift for name, shift in adapter.shifts.items()}
+
+
 def _metadata(model: Model, adapters: Sequence[tuple[Path, float]]) -> dict[str, str]:
     merged = ", ".join(f"{path.name}:{factor:g}" for path, factor in adapters)
     return {"modelspec.architecture": model.name, "kinema.merged": merged}
@@ -82,19 +89,23 @@ def _metadata(model: Model, adapters: Sequence[tuple[Path, float]]) -> dict[str,
 def _merged(
     names: Sequence[str], weights: dict[str, Tensor], folded: Sequence[Folded], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """These tensors with every adapter folded in: each layer in fp32 until all have been, then in its type."""
+    """These tensors with every adapter folded in: in fp32 until all have been, then in their type."""
     import torch
 
-    state = {name: weights[name] for name in names}
-    for name in names:
-        layer, _, ending = name.rpartition(".")
-        ours = [one for one in folded if ending == "weight" and layer in one.layers]
-        if not ours:
-            continue
-        keys = [name, f"{layer}.bias"] if f"{layer}.bias" in state else [name]
-        values = [state[key].to(torch.promote_types(state[key].dtype, torch.float32)) for key in keys]
-        for one in ours:
-            bias = values[1] if len(values) > 1 else None
-            values = merged_weight(values[0], bias, one.adapter, layer, one.factor)
-        state |= {key: value.to(dtype or weights[key].dtype) for key, value in zip(keys, values, strict=True)}
-    return state
+    exact: dict[str, Tensor] = {}
+
+    def now(name: str) -> Tensor:
+        value = exact.get(name, weights[name])
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
+    for one in folded:
+        for name in names:
+            layer, _, ending = name.rpartition(".")
+            if ending == "weight" and layer in one.layers:
+                keys = [key for key in (name, f"{layer}.bias") if key in names]
+                bias = now(keys[1]) if len(keys) > 1 else None
+                exact |= zip(keys, merged_weight(now(name), bias, one.adapter, layer, one.factor), strict=True)
+        for name in one.shifts.keys() & set(names):
+            exact[name] = now(name) + one.factor * one.shifts[name]
+    typed = {name: value.to(dtype or weights[name].dtype) for name, value in exact.items()}
+    return {name: typed.get(name, weights[name]) for name in names}

@@ -45,16 +45,20 @@ def to_original_layers(adapter: Adapter, names: Names) -> Adapter:
     """The adapter by layer of the original layout. UserError for what cannot be written there."""
     layout = layout_of(names, adapter.part)
     if adapter.kind in ("lora", "dora"):
-        return lora_adapter(layout.adapter_to_original(adapter.lora()), adapter.part)
-    return _each(adapter, lambda layer, rows: layout.adapter_to_original({layer: _numbered(rows)}))
+        found = lora_adapter(layout.adapter_to_original(adapter.lora()), adapter.part)
+    else:
+        found = _each(adapter, lambda layer, rows: layout.adapter_to_original({layer: _numbered(rows)}))
+    return replace(found, shifts=layout.to_original(adapter.shifts))
 
 
 def from_original_layers(adapter: Adapter, names: Names) -> Adapter:
     """The inverse of `to_original_layers`; layers that the original layout does not know keep their names."""
     layout = layout_of(names, adapter.part)
     if adapter.kind in ("lora", "dora"):
-        return lora_adapter(layout.adapter_from_original(adapter.lora()), adapter.part)
-    return _each(adapter, lambda layer, rows: layout.adapter_from_original({layer: _numbered(rows)}))
+        found = lora_adapter(layout.adapter_from_original(adapter.lora()), adapter.part)
+    else:
+        found = _each(adapter, lambda layer, rows: layout.adapter_from_original({layer: _numbered(rows)}))
+    return replace(found, shifts=layout.from_original(adapter.shifts))
 
 
 def _numbered(rows: int) -> LoraFactors:

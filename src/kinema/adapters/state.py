@@ -36,6 +36,8 @@ class Adapter:
     """The part of the model that it changes."""
     on_input: frozenset[str] = frozenset()
     """Layers whose inputs IA3 multiplies, instead of their outputs."""
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    """What some tools add to whole parameters besides (norms, biases), by name. They are folded in, not trained."""
 
     @property
     def layers(self) -> list[str]:

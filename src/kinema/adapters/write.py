@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.adapters.factors import lokr_sizes
 from kinema.adapters.inject import by_value
 from kinema.adapters.names import Names, to_original_layers
 from kinema.adapters.state import LORA_A, LORA_B, MAGNITUDE, Adapter
@@ -63,6 +64,11 @@ def save_adapter(
     for adapter in adapters:
         if reason := why_not(adapter.kind, layout):
             raise UserError(f"The layout {layout} cannot hold an adapter of type {adapter.kind}: {reason}.")
+        if adapter.shifts and not (layout == "comfyui" and adapter.part.startswith("network")):
+            raise UserError(
+                f"The adapter also changes {len(adapter.shifts)} whole parameters, for instance {min(adapter.shifts)}, "
+                f"which the layout {layout} cannot hold. Take comfyui, or `kinema merge` to fold it into a checkpoint."
+            )
     if layout == "peft":
         (alone,) = adapters
         _save_peft(path, alone, metadata, dtype)
@@ -125,6 +131,9 @@ def comfyui_tensors(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Te
         tensors |= {f"diffusion_model.{layer}.{_word(key)}": value.to(dtype) for key, value in _dora(factors).items()}
         if alpha is not None and adapter.scale(layer) != 1:
             tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(alpha)
+    for name, value in adapter.shifts.items():
+        layer, _, which = name.rpartition(".")
+        tensors[f"diffusion_model.{layer}.{'diff_b' if which == 'bias' else 'diff'}"] = value.to(dtype)
     return tensors
 
 
@@ -219,20 +228,6 @@ def _decompose_factors(adapter: Adapter, both: bool) -> list[int]:
 
     candidates = {lokr_sizes(adapter.factors(layer))[0][0] for layer in adapter.layers}
     return [one for one in (-1, *sorted(candidates)) if all(fits(layer, one) for layer in adapter.layers)]
-
-
-def lokr_sizes(factors: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((a, c), (b, d)): sizes of w1 and w2; the layer has a b outputs and c d inputs (times its kernel, where w2 is a
-    product)."""
-    w1, w2 = factors.get("lokr_w1"), factors.get("lokr_w2")
-    first = w1.shape if w1 is not None else (factors["lokr_w1_a"].shape[0], factors["lokr_w1_b"].shape[1])
-    if w2 is not None:
-        second = w2.shape
-    elif "lokr_t2" in factors:
-        second = (factors["lokr_w2_a"].shape[1], factors["lokr_w2_b"].shape[1])
-    else:
-        second = (factors["lokr_w2_a"].shape[0], factors["lokr_w2_b"].shape[1])
-    return (first[0], first[1]), (second[0], second[1])
 
 
 def _kohya_header(adapter: Adapter) -> dict[str, str]:
