@@ -106,6 +106,12 @@ def test_kohya_adapters_at_the_published_width(part: str, tmp_path: Path) -> Non
         )
 
 
+def test_sizes_are_those_of_the_published_indices() -> None:
+    """``total_size`` in the indices of the published shards, which are in bf16."""
+    published = {"dev": 23_802_816_640, "schnell": 23_782_357_120, "kontext-dev": 23_802_816_640}
+    assert {name: 2 * variant.parameters for name, variant in Flux.variants.items()} == published
+
+
 def as_published(directory: Path, variant: str, root: Path) -> Path:
     """A directory with the published configuration of the network and no weights of it."""
     shutil.copytree(directory, root, ignore=shutil.ignore_patterns("*.safetensors"))
