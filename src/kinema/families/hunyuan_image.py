@@ -96,6 +96,7 @@ class HunyuanImage(StandardFamily):
     network_layout = NETWORK
     encoding_version = "hunyuan-image-1"
     options = ("guidance",)
+    batched_sampling = False  # the pipeline guides all of a call alike if any of its prompts has words to draw
 
     @property
     def distilled(self) -> bool:
