@@ -363,3 +363,73 @@ def test_the_three_commands_from_a_shell(tmp_path, base):
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     code, out, err = kinema("convert", str(lora), str(merged), "--to", "kohya", "--base", str(base), *place)
     assert code == 2 and "error:" in err and "ends in .safetensors" in err and "Traceback" not in err
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys, threading, time
+import torch, diffusers, peft.tuners.lora, safetensors.torch
+from kinema.adapters.convert import convert
+from kinema.adapters.extract import extract
+from kinema.adapters.merge import merge
+from pathlib import Path
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+root, what = Path(sys.argv[1]), {"family": "wan", "variant": "t2v-1.3b"}
+from kinema.adapters.model import open_model
+open_model(str(root / "base"), **what)
+peak, done = anonymous(), threading.Event()
+before = peak
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+match sys.argv[2]:
+    case "convert":
+        convert(str(root / "base"), root / "out.safetensors", "comfyui", dtype="bf16", **what)
+    case "merge":
+        merge(str(root / "base"), [(root / "lora.safetensors", 1.0)], root / "out", "diffusers", **what)
+    case "extract":
+        extract(str(root / "base"), str(root / "tuned"), root / "x.safetensors", "kohya", rank=2, **what)
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
+@pytest.mark.parametrize("command", ["convert", "merge", "extract"])
+def test_a_block_at_a_time_is_in_memory(tmp_path, command):
+    """A network of 30 blocks: what a command allocates stays under a fifth of its size."""
+    from diffusers import WanTransformer3DModel
+
+    shape = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 30, "text_dim": 64}
+    torch.manual_seed(0)
+    network = WanTransformer3DModel(**shape).requires_grad_(False)
+    network.save_pretrained(tmp_path / "base" / "transformer")
+    size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    assert size > 400e6
+    if command == "merge":
+        add_adapter(network, KINDS["lora"], ("to_q", "ffn.*"), seed=0)
+        family = open_model(str(tmp_path / "base" / "transformer"), **WHAT).family
+        save_adapter(tmp_path / "lora.safetensors", "comfyui", [adapter_of(network)], family, metadata={})
+    elif command == "extract":
+        for block in network.blocks:
+            block.attn1.to_q.weight += 0.01 * torch.randn(512, 1) @ torch.randn(1, 512)
+        network.save_pretrained(tmp_path / "tuned" / "transformer")
+    (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    (tmp_path / "tuned").mkdir(exist_ok=True)
+    (tmp_path / "tuned" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path), command], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    allocated = int(done.stdout.split()[-1])
+    assert allocated < size / 5, f"{allocated / 1e6:.0f} MB for a network of {size / 1e6:.0f} MB"
