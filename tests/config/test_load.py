@@ -81,7 +81,7 @@ def test_a_lora_configuration_of_under_fifteen_lines_loads(write: Write) -> None
         ),
         (
             '[optimizer]\ntype = "adam"',
-            'c.toml:13: optimizer.type: expected one of "adamw", "muon", got "adam"; did you mean "adamw"?',
+            "c.toml:13: optimizer.type: there is no optimiser 'adam'; did you mean 'adamw'? Known: adamw, muon",
         ),
         (
             '[optimizer]\nlr = "fast"',

@@ -109,3 +109,21 @@ def test_muon_stacks_pieces_of_bounded_size(monkeypatch):
     for ours, theirs in zip(step(), whole, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert sizes == [2, 2, 1]
+
+
+def test_parts_with_a_learning_rate_of_their_own():
+    """`optimizer.part_lr`: for vectors and matrices, in AdamW and in Muon; the factor of the schedule is shared."""
+    names = ("network.blocks.0.w", "network.bias", "text_encoder.layers.0.w", "text_encoder.bias")
+    parameters = {n: torch.nn.Parameter(torch.ones(4, 4) if n.endswith("w") else torch.ones(4)) for n in names}
+    name_of = {id(p): name for name, p in parameters.items()}
+    for kind, own in (("adamw", 1e-3), ("muon", 5e-3)):
+        config = OptimizerConfig(
+            type=kind, lr=1e-3, part_lr={"text_encoder": 1e-5}, matrix_lr=None if kind == "adamw" else 5e-3
+        )
+        optimizers = build_optimizers(parameters, {n for n in names if n.endswith("w")}, config)
+        set_lr(optimizers, 0.5)
+        rates = {name_of[id(p)]: g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+        assert rates == {
+            "network.blocks.0.w": own / 2, "network.bias": 5e-4,
+            "text_encoder.layers.0.w": 5e-6, "text_encoder.bias": 5e-6,
+        }  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kinema.config.schema import ModelConfig
+from kinema.config.schema import BucketConfig, ModelConfig
 from kinema.config.write import toml_value
 from kinema.errors import UserError
 from kinema.suggest import did_you_mean
@@ -29,6 +29,8 @@ _VIDEO_SIZES = (
 )
 _IMAGE_SIZES = ((256, 1), (384, 1), (512, 1), (768, 1), (1024, 1))
 _LARGEST_SHARD = 64
+WIDEST = math.sqrt(BucketConfig().max_aspect)
+"""The longer side of the widest default bucket, over that of the square with its area."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def choose(variant: Variant, grid: int, frame_stride: int, card: int, full: bool
     sizes = [
         (resolution, (frames - 1) // frame_stride * frame_stride + 1)
         for resolution, frames in (_VIDEO_SIZES if variant.modality == "video" else _IMAGE_SIZES)
-        if resolution**2 <= 1.1 * made_for.height * made_for.width and frames <= made_for.frames
+        if resolution**2 <= 1.1 * made_for.height * made_for.width
+        and frames <= made_for.frames
+        and resolution * WIDEST <= (variant.longest_side or math.inf)
     ]
 
     def memory(size: tuple[int, int], checkpointing: bool, shards: int) -> float:
@@ -117,7 +121,7 @@ def template(family: str, variant: str | None = None, card: int = 24, full: bool
         "" if full else _adapter(card),
         _training(full, choice),
         _parallel(choice),
-        _watching(_needs_picture(chosen)),
+        _watching(chosen),
     )
     return "\n".join(block for block in blocks if block)
 
@@ -144,8 +148,8 @@ def _variant(kind: type[Family], family: str, name: str | None) -> Variant:
 
 
 def _needs_picture(variant: Variant) -> bool:
-    """Whether samples start from a given picture."""
-    return "image_encoder" in variant.parts
+    """Whether samples start from given pictures."""
+    return variant.pictures[0] > 0
 
 
 def _head(family: str, variant: Variant, card: int, full: bool, choice: Choice) -> str:
@@ -177,7 +181,7 @@ path = {toml_value(variant.hub)}  # a hub id, a diffusers directory or a single 
 
 
 def _data(variant: Variant, choice: Choice) -> str:
-    pictures_too = choice.frames == 1 or not _needs_picture(variant)
+    pictures_too = choice.frames == 1 or "first_frame" not in variant.conditions
     frames = sorted({1, choice.frames}) if pictures_too else [choice.frames]
     is_video = variant.modality == "video"
     lengths = "a video takes the longest that it fills" + (", a picture takes 1" if pictures_too else "")
@@ -185,11 +189,17 @@ def _data(variant: Variant, choice: Choice) -> str:
     return f"""\
 [[data.sources]]  # one such table for each folder
 path = "data"  # pictures and videos, each with its caption in a .txt file of the same name
-
+{_controls(variant)}
 [data.buckets]
 resolutions = [{choice.resolution}]  # side of a square of the same area; shapes follow the records
 frames = {toml_value(frames)}  # clip lengths: {lengths if is_video else "pictures"}
 {fps}"""
+
+
+def _controls(variant: Variant) -> str:
+    if "controls" not in variant.conditions:
+        return ""
+    return 'controls = ["controls"]  # what is edited: a picture of the same name for every one of path\n'
 
 
 def _adapter(card: int) -> str:
@@ -232,8 +242,10 @@ dp_shard = {choice.shards}  # cards over which the weights are spread; one alone
 """
 
 
-def _watching(needs_picture: bool) -> str:
-    images = 'images = ["first_frame.png"]  # one for each prompt\n'
+def _watching(variant: Variant) -> str:
+    needs_picture = _needs_picture(variant)
+    pictures = ["to_edit.png"] if "controls" in variant.conditions else ["first_frame.png", "last_frame.png"]
+    images = f"images = {toml_value(pictures[: variant.pictures[0]])}  # for each prompt, in their order\n"
     prompts = (
         '# prompts = ["a sentence like your captions"]'
         if needs_picture

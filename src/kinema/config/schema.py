@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from kinema.errors import ConfigError
+from kinema.plugins import OBJECTIVES, OPTIMIZERS, Catalog
 
 from kinema.config.layouts import AdapterType, LayoutName, default_layouts, why_not
 
@@ -49,6 +52,16 @@ def _refuse(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
 
 
+def _check_name(catalog: Catalog, name: str, options: dict[str, Any]) -> None:
+    """Refuse a name that nothing has, and options for what is built in, whose keys are those of its table."""
+    try:
+        catalog.check(name)
+    except ConfigError as error:
+        raise _refuse("type", str(error).removeprefix(f"{catalog.key}: ").rstrip(".")) from None
+    if options and catalog.is_built_in(name):
+        raise _refuse("options", f"'{name}' comes with kinema and has its own keys; options are for other packages'")
+
+
 class RunConfig(Section):
     dir: UserPath = Path("runs/run")
     """The run directory: everything that the training produces."""
@@ -67,8 +80,6 @@ class PartConfig(Section):
     """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`. `fp8`, for
     parts that do not train (an adapter's base is one): linear layers are stored in float8 and used in the type of
     the computation."""
-    lr: float | None = Field(default=None, gt=0)
-    """Learning rate of this part, where it trains. Default: `optimizer.lr`."""
 
 
 class ModelConfig(Section):
@@ -250,8 +261,10 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    type: Literal["flow"] = "flow"
-    """What is minimised."""
+    type: str = Field(default="flow", examples=["flow"])
+    """What is minimised: `flow` regresses the network's native prediction. Other packages may add objectives."""
+    options: dict[str, bool | int | float | str | tuple[float, ...]] = {}
+    """Arguments of an objective from another package."""
     time: Literal["uniform", "logit_normal", "native"] | None = None
     """Distribution of t before the shift; `native`: the law that the family was trained with. Default: the
     family's, which is `logit_normal` for flow models and `native` for older ones."""
@@ -274,6 +287,11 @@ class ObjectiveConfig(Section):
     """Where pseudo-Huber turns from quadratic to linear."""
 
     @model_validator(mode="after")
+    def _known(self) -> ObjectiveConfig:
+        _check_name(OBJECTIVES, self.type, self.options)
+        return self
+
+    @model_validator(mode="after")
     def _range_is_not_empty(self) -> ObjectiveConfig:
         if self.t_min >= self.t_max:
             raise _refuse("t_min", f"{self.t_min} is not below t_max = {self.t_max}")
@@ -281,10 +299,15 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    type: Literal["adamw", "muon"] = "adamw"
-    """`muon` takes the matrices of the blocks and leaves the rest to AdamW."""
+    type: str = Field(default="adamw", examples=["adamw", "muon"])
+    """`adamw`, or `muon`, which takes the matrices of the blocks and leaves the rest to AdamW. Other packages may add
+    optimisers."""
+    options: dict[str, bool | int | float | str | tuple[float, ...]] = {}
+    """Arguments of an optimiser from another package."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
+    part_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Peak learning rates of parts that have their own, where several train: `part_lr = { text_encoder = 1e-5 }`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """AdamW's decay rates."""
     eps: float = Field(default=1e-8, gt=0)
@@ -295,6 +318,11 @@ class OptimizerConfig(Section):
     """Muon's momentum."""
     matrix_lr: float | None = Field(default=None, gt=0)
     """Learning rate of Muon's matrices, scaled to match AdamW's update size; default: `lr`."""
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerConfig:
+        _check_name(OPTIMIZERS, self.type, self.options)
+        return self
 
     @model_validator(mode="after")
     def _matrix_lr_is_muons(self) -> OptimizerConfig:

@@ -100,8 +100,9 @@ VARIANTS = {
         _SAMPLING,
         pipeline="AuraFlowPipeline",
         shift=1.73,  # of the published schedule
+        longest_side=side,
     )
-    for name, parameters in (("v0.2", 6_842_876_928), ("v0.3", 6_858_605_568))
+    for name, parameters, side in (("v0.2", 6_842_876_928, 1024), ("v0.3", 6_858_605_568, 1536))
 }
 
 
@@ -185,7 +186,7 @@ class AuraFlow(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        side = math.isqrt(int(self.source("network").config["pos_embed_max_size"]))
+        side = math.isqrt(int(self.known_config("network")["pos_embed_max_size"]))
         check_sides(config, self.variant, side * PIXELS_A_TOKEN)
 
     @classmethod

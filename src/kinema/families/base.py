@@ -67,14 +67,18 @@ class Variant:
     """Commit of ``hub`` that ``kinema download`` fetches; None is the newest."""
     gated: bool = False
     """Whether the hub asks for consent to its terms."""
+    longest_side: int | None = None
+    """The longest side in pixels that the network has positions for; None if it has no limit that matters."""
+    least_pictures: int = 1
+    """How many control pictures an edit variant needs; with 0 it makes pictures from text alone too."""
     most_pictures: int = 1
-    """How many control pictures an edit variant takes at most."""
+    """How many it takes at most."""
 
     @property
     def pictures(self) -> tuple[int, int]:
         """The least and the largest number of pictures that a sample is made from."""
         frames = sum(condition in ("first_frame", "last_frame") for condition in self.conditions)
-        return (1, self.most_pictures) if "controls" in self.conditions else (frames, frames)
+        return (self.least_pictures, self.most_pictures) if "controls" in self.conditions else (frames, frames)
 
 
 Native = Literal["velocity", "negative_velocity", "x0", "eps", "vp_velocity"]

@@ -182,7 +182,7 @@ class Lumina2(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        positions = int(self.source("network").config["axes_lens"][0])
+        positions = int(self.known_config("network")["axes_lens"][0])
         if self.text_length >= positions:
             raise ConfigError(
                 f"model.text_length: {self.variant.name} knows {positions} positions, and the picture takes the one "

@@ -8,14 +8,19 @@ from kinema.families.base import Family
 from kinema.plugins import Catalog
 
 BUILT_IN: dict[str, str] = {
+    "cosmos1": "kinema.families.cosmos1:Cosmos1",
+    "cosmos_predict2": "kinema.families.cosmos_predict2:CosmosPredict2",
     "hunyuan_image": "kinema.families.hunyuan_image:HunyuanImage",
     "z_image": "kinema.families.z_image:ZImage",
     "flux": "kinema.families.flux:Flux",
     "chroma": "kinema.families.chroma:Chroma",
     "qwen_image": "kinema.families.qwen_image:QwenImage",
     "aura_flow": "kinema.families.aura_flow:AuraFlow",
+    "hidream": "kinema.families.hidream:HiDream",
+    "omnigen2": "kinema.families.omnigen2:OmniGen2",
     "lumina2": "kinema.families.lumina2:Lumina2",
     "sd3": "kinema.families.sd3:SD3",
+    "sdxl": "kinema.families.sdxl:SDXL",
     "hunyuan_video": "kinema.families.hunyuan_video:HunyuanVideo",
     "ltx_video": "kinema.families.ltx_video:LTXVideo",
     "wan": "kinema.families.wan:Wan",

@@ -196,7 +196,7 @@ class SD3(StandardFamily):
                 f"model.text_length: {self.variant.name} takes at most {MOST_TEXT} tokens of T5, not "
                 f"{self.text_length}. Give fewer, or leave the key out for {T5_LENGTH}."
             )
-        check_sides(config, self.variant, int(self.source("network").config["pos_embed_max_size"]) * PIXELS_A_TOKEN)
+        check_sides(config, self.variant, int(self.known_config("network")["pos_embed_max_size"]) * PIXELS_A_TOKEN)
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:

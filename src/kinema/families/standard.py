@@ -141,6 +141,14 @@ class StandardFamily(Family):
         model = f"{self.name} {self.variant.name}"
         return with_config(self.spec(part), found, self._config_file(part, found), shipped, model)
 
+    def known_config(self, part: str) -> Mapping[str, Any]:
+        """A part's configuration as far as it is known without fetching anything: the shipped one for a hub id."""
+        places = part_config(self.config, part).path, self.config.path
+        if is_hub_id(places[0]) or (places[0] is None and is_hub_id(places[1])):
+            shipped = self._shipped(self.variant.name, self.spec(part))
+            return {} if shipped is None else read_json(shipped)
+        return self.source(part).config
+
     def _is_drawn(self, part: str) -> bool:
         return part.startswith("network") and self.config.random_weights
 
@@ -236,6 +244,10 @@ class StandardFamily(Family):
 
     def _check_trained(self, config: Config) -> None:
         known = self.trainable_parts()
+        for part in config.optimizer.part_lr:
+            if part not in self.trained_parts():
+                trained = ", ".join(self.trained_parts())
+                raise ConfigError(f"optimizer.part_lr: '{part}' does not train here. What does: {trained}.")
         for part in self.trained_parts():
             if part_config(config.model, part).dtype != "fp8":
                 continue
@@ -289,6 +301,10 @@ class StandardFamily(Family):
         return super().layout(part)
 
     # -- latents ---------------------------------------------------------------------------------------------------
+
+    def latent_statistics(self, autoencoder: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(offset, scale) with normalised = (raw - offset) / scale, for raw latents [B, C, T, H, W]."""
+        return latent_statistics(autoencoder, like)
 
     def encode_latents(self, autoencoder: Any, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         """``latents`` and ``latents_std`` [C, T, H, W] of each sample's clip."""

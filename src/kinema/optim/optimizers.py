@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import OptimizerConfig
+from kinema.plugins import OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch
@@ -16,12 +17,12 @@ Parameters = Mapping[str, "torch.nn.Parameter"]
 def build_optimizers(
     parameters: Parameters, block_matrices: set[str], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """Optimisers over the trained parameters (name -> parameter); together they take each exactly once.
+    """Optimisers over the trained parameters (``{part}.{name}`` -> parameter); together they take each exactly once.
 
     ``block_matrices`` names the 2-D weights inside the network's blocks, which Muon takes. Every group carries
-    ``peak_lr``; the loop sets ``lr = peak_lr * lr_factor``. Vectors have no weight decay.
+    ``peak_lr``, which is `peak_lr`'s; the loop sets ``lr = peak_lr * lr_factor``. Vectors have no weight decay.
     """
-    return BUILDERS[config.type](parameters, block_matrices, config)
+    return OPTIMIZERS.load(config.type)(parameters, block_matrices, config)
 
 
 def is_vector(parameter: torch.nn.Parameter) -> bool:
@@ -29,37 +30,41 @@ def is_vector(parameter: torch.nn.Parameter) -> bool:
     return parameter.ndim < 2 or parameter.numel() == max(parameter.shape)
 
 
-def _adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def peak_lr(name: str, config: OptimizerConfig, default: float) -> float:
+    """The peak learning rate of a parameter ``{part}.{name}``: its part's own, or ``default``."""
+    return config.part_lr.get(name.partition(".")[0], default)
+
+
+def adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """torch's AdamW, one group for each learning rate and weight decay."""
     import torch
 
-    decayed = [p for p in parameters.values() if not is_vector(p)]
-    plain = [p for p in parameters.values() if is_vector(p)]
-    groups: list[dict[str, Any]] = [
-        {"params": params, "weight_decay": decay, "peak_lr": config.lr}
-        for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if params
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = 0.0 if is_vector(parameter) else config.weight_decay
+        groups.setdefault((peak_lr(name, config, config.lr), decay), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": decay, "peak_lr": peak} for (peak, decay), members in groups.items()
     ]
     fused = all(p.dtype in (torch.float32, torch.float64) or p.is_cuda for p in parameters.values())
-    return [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
+    return [torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]
 
 
-def _muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Muon over the blocks' matrices, AdamW over the rest. A part's own learning rate holds for both."""
     from kinema.optim.muon import Muon
 
-    matrices = [p for name, p in parameters.items() if name in block_matrices]
+    matrices: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if name in block_matrices:
+            matrices.setdefault(peak_lr(name, config, config.matrix_lr or config.lr), []).append(parameter)
     rest = {name: p for name, p in parameters.items() if name not in block_matrices}
-    optimizers: list[torch.optim.Optimizer] = _adamw(rest, set(), config) if rest else []
+    optimizers: list[torch.optim.Optimizer] = adamw(rest, set(), config) if rest else []
     if matrices:
-        peak = config.matrix_lr or config.lr
-        groups = [{"params": matrices, "peak_lr": peak}]
-        optimizers.append(Muon(groups, lr=peak, momentum=config.momentum, weight_decay=config.weight_decay))
+        groups = [{"params": members, "peak_lr": peak} for peak, members in matrices.items()]
+        lr = config.matrix_lr or config.lr
+        optimizers.append(Muon(groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay))
     return optimizers
-
-
-BUILDERS: dict[str, Callable[[Parameters, set[str], OptimizerConfig], list[torch.optim.Optimizer]]] = {
-    "adamw": _adamw,
-    "muon": _muon,
-}
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:

@@ -82,7 +82,7 @@ def sample_many(
     batch: int | None = None,
     texts: Texts | None = None,
 ) -> Iterator[Tensor]:
-    """Samples of the family's pipeline in the order of ``settings``, each as pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
+    """Samples of the family's pipeline in the order of ``settings``: pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
     `BATCH_PIXELS` allows). Text encoders are moved to ``device`` for their turn, the other parts for the length of the
@@ -180,7 +180,7 @@ class Texts:
         length = known.get("max_sequence_length")
         # the call's default: encode_prompt may have another one
         self.default_length: int | None = None if length is None else length.default
-        self.found: dict[tuple[str, int | None], Tensor] = {}
+        self.found: dict[tuple[str, int | None], Tensor | list[Tensor]] = {}
 
     def encode(self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu") -> None:
         """Encode on ``device`` the texts of these samples that are not known yet, if that can be done apart."""
@@ -196,8 +196,8 @@ class Texts:
             with _on_device(_text_encoders(self.pipeline), device):
                 self.found.update((key, self._encode(*key, device)) for key in missing)
 
-    def _encode(self, text: str, length: int | None, device: torch.device | str) -> Tensor:
-        """[1, tokens, channels]"""
+    def _encode(self, text: str, length: int | None, device: torch.device | str) -> Tensor | list[Tensor]:
+        """[1, tokens, channels], or [[tokens, channels]] of pipelines that pad no texts."""
         import torch
 
         extra = {} if length is None else {"max_sequence_length": length}
@@ -209,17 +209,23 @@ class Texts:
 
     def arguments(self, members: Sequence[SampleSettings]) -> dict[str, Any]:
         """The call's arguments that tell it the text."""
-        import torch
-
         guided = members[0].guidance > 1
         if not self.apart:
             negative = {"negative_prompt": [one.negative for one in members]} if guided and self.has_negative else {}
             return {"prompt": [one.prompt for one in members], **negative}
         length = members[0].text_length or self.default_length
-        arguments = {"prompt_embeds": torch.cat([self.found[one.prompt, length] for one in members])}
+        arguments = {"prompt_embeds": _joined([self.found[one.prompt, length] for one in members])}
         if guided:
-            arguments["negative_prompt_embeds"] = torch.cat([self.found[one.negative, length] for one in members])
+            arguments["negative_prompt_embeds"] = _joined([self.found[one.negative, length] for one in members])
         return arguments
+
+
+def _joined(texts: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor]:
+    """One batch of the embeddings of several texts."""
+    import torch
+
+    tensors = [rows for rows in texts if isinstance(rows, torch.Tensor)]
+    return torch.cat(tensors) if tensors else [row for rows in texts for row in rows]
 
 
 def _text_encoders(pipeline: Any) -> list[nn.Module]:

@@ -108,7 +108,9 @@ def check_previews(config: Config, family: Family) -> None:
 def preview_images(config: Config, family: Family) -> list[tuple[Path, ...]]:
     """The pictures of each preview: an equal share of ``preview.images`` for each prompt, in their order."""
     prompts, images = config.preview.prompts, config.preview.images
-    if not prompts or len(images) % len(prompts):
+    if not prompts:
+        return []
+    if len(images) % len(prompts):
         raise UserError(
             f"preview.images: {len(images)} pictures do not divide over {len(prompts)} prompts; "
             f"{family.variant.name} needs as many for each prompt."

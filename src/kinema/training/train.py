@@ -13,6 +13,7 @@ from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.registry import open_family
+from kinema.plugins import OBJECTIVES
 from kinema.training.networks import (
     FamilyDenoiser,
     block_matrices,
@@ -186,7 +187,6 @@ class Run:
 
     def _build(self, checkpoint: Path | None, weights: Path | None, meta: dict[str, Any] | None) -> None:
         """Load, adapt, lay out and restore everything that a step touches."""
-        from kinema.objectives.flow import flow_matching
         from kinema.optim.ema import Ema
         from kinema.optim.optimizers import build_optimizers
         from kinema.optim.scale import LossScale
@@ -203,7 +203,8 @@ class Run:
         if weights is not None:
             self.say(take_weights(self.checkpointer, weights, self.networks))
         parameters = named_trainables(self.networks)
-        optimizers = build_optimizers(parameters, block_matrices(self.networks, self.family), config.optimizer)
+        matrices = block_matrices(self.networks, self.family)
+        optimizers = build_optimizers(parameters, matrices, config.optimizer)
         self.ema = None if training.ema is None else Ema(parameters.items(), training.ema.decay)
         scale = LossScale() if training.precision == "fp16" else None
 
@@ -228,7 +229,7 @@ class Run:
             world=self.world,
             networks={"student": FamilyDenoiser(self.family, self.networks)},
             parameters=parameters,
-            objective=flow_matching(config.objective, self.family),
+            objective=OBJECTIVES.load(config.objective.type)(config.objective, self.family),
             optimizers=optimizers,
             compute_dtype=torch_dtype(training.precision),
             total_steps=total,
