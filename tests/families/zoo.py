@@ -54,6 +54,8 @@ class Case:
     """Whether diffusers' LoRA loader reads the family's original names (at tiny size)."""
     tolerance: float = 1e-5
     """Between what the pipeline hands over and what we do, in units of values about 1."""
+    last_sigma: float = 0.0
+    """The noise that the pipeline's last step leaves, as EDM counts it: x_0 + sigma eps."""
     fp8_tolerance: float = 0.1
     """Relative error of the output with the frozen base stored in float8."""
 
@@ -70,6 +72,12 @@ class Case:
     def control_pictures(self) -> tuple[Tensor, ...]:
         """uint8 [3, 1, H, W] each."""
         return tuple(_smooth(11 + i, 1, self.height, self.width) for i in range(self.controls))
+
+    def pipeline_class(self, family: Family) -> Any:
+        """The class that diffusers' own pipeline is loaded by; families that diffusers lacks have theirs elsewhere."""
+        import diffusers
+
+        return getattr(diffusers, family.variant.pipeline)
 
     def components(self, family: Family, directory: Path) -> dict[str, Any]:
         """Components of the pipeline, by its names, that diffusers cannot load here by itself."""
@@ -187,10 +195,8 @@ def network_parts(family: Family) -> list[str]:
 
 def their_pipeline(case: Case, family: Family, directory: Path) -> Any:
     """The pipeline as diffusers loads it."""
-    import diffusers
-
     given = case.components(family, directory)
-    pipeline = getattr(diffusers, family.variant.pipeline).from_pretrained(directory, **given)
+    pipeline = case.pipeline_class(family).from_pretrained(directory, **given)
     pipeline.set_progress_bar_config(disable=True)
     case.mend(pipeline)
     return pipeline

@@ -84,8 +84,10 @@ def clip_text(
     layers: int = 3,
     hidden_act: str = "quick_gelu",
     projection_dim: int | None = None,
+    positions: int = CLIP_LENGTH,
 ) -> Any:
-    """CLIPTextModel, or CLIPTextModelWithProjection. ``hidden_act``: "quick_gelu" in CLIP-L, "gelu" in CLIP-G."""
+    """CLIPTextModel, or CLIPTextModelWithProjection. ``hidden_act``: "quick_gelu" in CLIP-L, "gelu" in CLIP-G.
+    ``positions``: more than 77 in those that were stretched for long text."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -94,7 +96,7 @@ def clip_text(
         intermediate_size=2 * dim,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=CLIP_LENGTH,
+        max_position_embeddings=positions,
         hidden_act=hidden_act,
         projection_dim=projection_dim or dim,
         bos_token_id=0,
@@ -124,11 +126,13 @@ def clip_vision(dim: int = 20, layers: int = 3) -> Any:
     )
 
 
-def t5_encoder(tokenizer: Any, dim: int = 32, layers: int = 2) -> Any:
-    """T5EncoderModel of the gated kind (version 1.1), for T5 and ByT5; positions are known to the first layer alone."""
+def t5_encoder(tokenizer: Any, dim: int = 32, layers: int = 2, gated: bool = True) -> Any:
+    """T5EncoderModel of the gated kind (version 1.1), for T5 and ByT5, or as T5 was first: no gate, and attention wider
+    than the model. Positions are known to the first layer alone."""
     from transformers import T5Config, T5EncoderModel
 
-    return spread(T5EncoderModel(T5Config(**_t5_settings(tokenizer, dim, layers))).eval())
+    first = {} if gated else {"feed_forward_proj": "relu", "d_kv": 16}
+    return spread(T5EncoderModel(T5Config(**_t5_settings(tokenizer, dim, layers) | first)).eval())
 
 
 def umt5_encoder(tokenizer: Any, dim: int = 32, layers: int = 2) -> Any:

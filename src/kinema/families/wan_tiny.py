@@ -54,7 +54,6 @@ def _autoencoder(variant: Variant) -> Any:
         out_channels=12,
         patch_size=2,
         scale_factor_spatial=16,
-        clip_output=False,
         latents_mean=[0.05 * (i % 7 - 3) for i in range(48)],
         latents_std=[0.4 + 0.1 * (i % 9) for i in range(48)],
     )
