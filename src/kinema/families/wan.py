@@ -205,6 +205,9 @@ class Wan(StandardFamily):
                 f"model.text_length: {self.variant.name} tells text from image by position, so it must be "
                 f"{TEXT_LENGTH}, not {self.text_length}. Leave the key out."
             )
+        self._check_first_frames(config)
+
+    def _check_first_frames(self, config: Config) -> None:
         p = config.model.first_frame_p
         if p is not None and (not self.time_per_token or (self.from_image and p == 0)):
             told = "always" if self.from_image else "never"
