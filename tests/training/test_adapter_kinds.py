@@ -120,7 +120,7 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(tmp_path, base):
 def test_a_resumed_run_of_every_kind_ends_with_the_same_bits(tmp_path, adapter):
     make_world(tmp_path)
     config = write_config(tmp_path, 6, f"\n[adapter]\n{adapter}\n")
-    finish(start_training(config))
+    finish(start_training(config, "--model.variant", "t2v-1.3b"))
     run_dir = tmp_path / "run"
     expected = final_state(run_dir)
     losses = [row["loss"] for row in metrics(run_dir)]
@@ -128,7 +128,7 @@ def test_a_resumed_run_of_every_kind_ends_with_the_same_bits(tmp_path, adapter):
     newest = max((run_dir / "checkpoints").glob("step-*"))
     assert newest.name == "step-00000006"
     shutil.rmtree(newest)
-    finish(start_training(config))
+    finish(start_training(config, "--model.variant", "t2v-1.3b"))
     state = final_state(run_dir)
     assert state.keys() == expected.keys()
     assert [name for name, value in state.items() if not torch.equal(value, expected[name])] == []
