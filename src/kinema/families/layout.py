@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kinema.errors import UserError
-from kinema.families.names import NameMap, path_pattern
+from kinema.families.names import NameMap, PathPattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,8 +101,8 @@ class Layout:
     ) -> None:
         self._same = same
         self.names = NameMap([*rename, *((one.ours, one.theirs) for one in changed)])
-        self._fused = [(path_pattern(one.theirs), [path_pattern(part) for part in one.ours], one) for one in fused]
-        self._changed = [(path_pattern(one.ours), path_pattern(one.theirs), one) for one in changed]
+        self._fused = [(PathPattern(one.theirs), [PathPattern(part) for part in one.ours], one) for one in fused]
+        self._changed = [(PathPattern(one.ours), PathPattern(one.theirs), one) for one in changed]
         self._dropped = [re.compile(pattern) for pattern in dropped]
 
     # -- weights ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,9 +20,9 @@ class NameMap:
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         pairs = sorted(pairs, key=lambda pair: -len(pair[0]))
-        self._to = [(path_pattern(ours), theirs) for ours, theirs in pairs]
+        self._to = [(PathPattern(ours), theirs) for ours, theirs in pairs]
         pairs.sort(key=lambda pair: -len(pair[1]))
-        self._from = [(path_pattern(theirs), ours) for ours, theirs in pairs]
+        self._from = [(PathPattern(theirs), ours) for ours, theirs in pairs]
 
     def rename(self, name: str) -> str | None:
         """The name in the second layout; None if the table does not know it."""
@@ -44,12 +45,25 @@ class NameMap:
         return {self.restore(name) or name: value for name, value in state.items()}
 
 
-def path_pattern(path: str) -> re.Pattern[str]:
-    """Everything at or below a path; groups are its indices and the rest."""
-    return re.compile(re.escape(path).replace(r"\{\}", r"(\d+)") + r"(\..*)?", re.DOTALL)
+class PathPattern:
+    """Everything at or below a path; groups are its indices and the rest.
+
+    Compiled when it is first asked: the tables of all families are made at import, and a process uses few of them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.path).replace(r"\{\}", r"(\d+)") + r"(\..*)?", re.DOTALL)
+
+    def fullmatch(self, name: str) -> re.Match[str] | None:
+        """As of a regular expression."""
+        return self._compiled.fullmatch(name)
 
 
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+def _rename(name: str, rules: list[tuple[PathPattern, str]]) -> str | None:
     for pattern, new in rules:
         if match := pattern.fullmatch(name):
             *indices, rest = match.groups()
