@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from zoo import batch_of, recording
+from zoo import Case, batch_of, config_of, recording
 
 from kinema.config.schema import ModelConfig
 from kinema.data.batch import Sample
@@ -19,6 +20,7 @@ from kinema.errors import ConfigError, UserError
 from kinema.families.loading import CONFIGS
 from kinema.families.qwen_image import QwenImage
 from kinema.families.registry import open_family
+from kinema.sampling.pipeline import SampleSettings, sample_many
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +152,42 @@ def test_variant_of_a_directory(tmp_path: Path, variant: str) -> None:
 
 
 def test_text_length_is_checked(plus: Path, tmp_path: Path) -> None:
-    from zoo import Case, config_of
-
     for variant, length, message in (("edit-plus", 100, "part of the text"), ("base", 2000, "1024")):
-        config = config_of(Case(family="qwen_image", variant=variant), plus, tmp_path, model={"text_length": length})
+        sources = [{"path": str(tmp_path), "controls": [str(tmp_path)] * (variant == "edit-plus")}]
+        case, tables = Case(family="qwen_image", variant=variant), {"data": {"sources": sources}}
+        config = config_of(case, plus, tmp_path, model={"text_length": length}, **tables)
         with pytest.raises(ConfigError, match=message):
             open_family(config.model).validate(config)
+
+
+def test_samples_equal_the_pipelines_own(plus: Path, tmp_path: Path) -> None:
+    """Guidance is what the pipeline calls true_cfg_scale; each edit gets a call of its own."""
+    ours = family(plus)
+    parts = {part: ours.load(part, "cpu", torch.float32) for part in ours.variant.parts}
+    pipeline = ours.pipeline(parts)
+    pipeline.set_progress_bar_config(disable=True)
+    shown = Image.fromarray(smooth(32, 64)[:, 0].permute(1, 2, 0).numpy())
+    shown.save(tmp_path / "shown.png")
+    one = SampleSettings(
+        "make it green", 32, 64, 1, steps=2, guidance=4.0, negative="blue", images=(tmp_path / "shown.png",) * 2
+    )
+    settings = [one, replace(one, prompt="make it larger than it was", seed=1)]
+    for sample, wanted in zip(sample_many(ours, pipeline, settings), settings, strict=True):
+        theirs = pipeline(
+            [shown, shown], wanted.prompt, negative_prompt=wanted.negative, height=32, width=64, true_cfg_scale=4.0,
+            num_inference_steps=2, generator=torch.Generator().manual_seed(wanted.seed), output_type="pt",
+        ).images[0]  # fmt: skip
+        torch.testing.assert_close(sample[:, 0], theirs * 2 - 1, rtol=0, atol=2e-4)
+
+
+def test_sources_with_different_numbers_of_pictures(plus: Path, tmp_path: Path) -> None:
+    case = Case(family="qwen_image", variant="edit-plus")
+    sources = [{"path": str(tmp_path), "controls": [str(tmp_path)] * n} for n in (1, 2)]
+    for size, fits in ((1, True), (2, False)):
+        config = config_of(case, plus, tmp_path, data={"sources": sources}, training={"steps": 1, "batch_size": size})
+        check = open_family(config.model).validate
+        if fits:
+            check(config)
+        else:
+            with pytest.raises(ConfigError, match=r"1 and 2 control pictures.*micro_batch_size = 1"):
+                check(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kinema.families.layout import LoraFactors
 from kinema.families.loading import CONFIGS
 from kinema.families.registry import open_family
 from kinema.families.z_image import NETWORK, ZImage
+from kinema.sampling.pipeline import SampleSettings, sample_many
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,19 @@ def test_adapters_are_named_as_the_community_names_them() -> None:
     assert list(split) == [f"layers.3.attention.to_{x}" for x in "qkv"]
     whole = torch.cat([one.scale * one.B @ one.A for one in split.values()])
     torch.testing.assert_close(whole, fused.scale * fused.B @ fused.A)
+
+
+def test_samples_equal_the_pipelines_own(tiny: Path) -> None:
+    """Texts encoded apart are handed over one by one, and a scale of 1 means no guidance."""
+    family = open_family(ModelConfig(family="z_image", variant="base", path=str(tiny)))
+    pipeline = family.pipeline({part: family.load(part, "cpu", torch.float32) for part in family.variant.parts})
+    pipeline.set_progress_bar_config(disable=True)
+    one = SampleSettings("a red ball", 32, 48, 1, steps=2, guidance=4.0, negative="blue", text_length=512)
+    settings = [one, replace(one, prompt="a green box in a far longer sentence", seed=1), replace(one, guidance=1.0)]
+    drawn = list(sample_many(family, pipeline, settings))
+    for sample, wanted in zip(drawn, settings, strict=True):
+        theirs = pipeline(
+            wanted.prompt, negative_prompt=wanted.negative, height=32, width=48, num_inference_steps=2,
+            guidance_scale=wanted.guidance - 1, generator=torch.Generator().manual_seed(wanted.seed), output_type="pt",
+        ).images[0]  # fmt: skip
+        torch.testing.assert_close(sample[:, 0], theirs * 2 - 1, rtol=0, atol=2e-4)

@@ -62,6 +62,7 @@ def _variant(name: str, hub: str, pipeline: str, steps: int, side: int) -> Varia
         SamplingDefaults(height=side, width=side, frames=1, steps=steps, guidance=4.0),
         pipeline=pipeline,
         conditions=("text", "controls") if edits else ("text",),
+        most_pictures=3 if pipeline == "QwenImageEditPlusPipeline" else 1,  # up to three work best, say its authors
         # Sampled with a shift that grows with the picture; training spends its steps on the same times.
         shift="resolution",
     )
@@ -79,13 +80,18 @@ VARIANTS = {
 
 
 class QwenImage(StandardFamily):
-    """The Qwen-Image models."""
+    """The Qwen-Image models.
+
+    Control pictures are encoded at the size of the bucket. The pipelines bring them to a million pixels, whatever they
+    make, so buckets of 1024 are nearest to how edits are sampled.
+    """
 
     name = "qwen_image"
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
     encoding_version = "qwen-image-1"
+    guidance_argument = "true_cfg_scale"
     resolution_shift = ResolutionShift(256, 0.5, 8192, 0.9)
     """As its published scheduler shifts."""
 
@@ -98,6 +104,11 @@ class QwenImage(StandardFamily):
     def edits(self) -> bool:
         """Whether the variant works from control pictures."""
         return "controls" in self.variant.conditions
+
+    @property
+    def batched_sampling(self) -> bool:  # type: ignore[override]
+        """The edit pipelines take one prompt and its pictures in a call."""
+        return not self.edits
 
     @property
     def text_length(self) -> int | None:
@@ -222,6 +233,7 @@ class QwenImage(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
+        self._check_numbers_of_pictures(config)
         if self.edits and self.config.text_length is not None:
             raise ConfigError(
                 "model.text_length: in edit variants the control pictures are part of the text, so that it cannot be "
@@ -231,6 +243,14 @@ class QwenImage(StandardFamily):
             raise ConfigError(
                 f"model.text_length: {self.text_length} is more than the text encoder is asked for, which is "
                 f"{LONGEST_TEXT}. Give at most that; {TEXT_LENGTH} is usual."
+            )
+
+    def _check_numbers_of_pictures(self, config: Config) -> None:
+        numbers = {len(source.controls) for source in config.data.sources}
+        if len(numbers) > 1 and (config.training.micro_batch_size or config.training.batch_size) > 1:
+            raise ConfigError(
+                f"data.sources.controls: records with {' and '.join(map(str, sorted(numbers)))} control pictures "
+                "cannot share a batch. Set training.micro_batch_size = 1, or give all sources as many folders."
             )
 
     @classmethod

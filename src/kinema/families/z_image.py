@@ -101,8 +101,8 @@ def _variant(name: str, hub: str, steps: int, guidance: float) -> Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        _variant("base", "Tongyi-MAI/Z-Image", 50, 4.0),
-        _variant("turbo", "Tongyi-MAI/Z-Image-Turbo", 9, 0.0),  # nine steps call the network eight times
+        _variant("base", "Tongyi-MAI/Z-Image", 50, 5.0),
+        _variant("turbo", "Tongyi-MAI/Z-Image-Turbo", 9, 1.0),  # nine steps call the network eight times
     )
 }
 _TURBO_SHIFT, _BASE_SHIFT = 3.0, 6.0
@@ -187,6 +187,10 @@ class ZImage(StandardFamily):
             rf"{blocks}\.feed_forward\.w[123]",
             r"(noise_refiner|layers)\.\d+\.adaLN_modulation\.0",
         )
+
+    def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
+        # The pipeline's scale is what is added to the prediction for the prompt: 0, not 1, turns it off.
+        return super().sampling_arguments(max(guidance - 1, 0), pictures, text_length)
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:
