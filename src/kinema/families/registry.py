@@ -21,6 +21,7 @@ BUILT_IN: dict[str, str] = {
     "lumina2": "kinema.families.lumina2:Lumina2",
     "sd3": "kinema.families.sd3:SD3",
     "sdxl": "kinema.families.sdxl:SDXL",
+    "hunyuan_video15": "kinema.families.hunyuan_video15:HunyuanVideo15",
     "hunyuan_video": "kinema.families.hunyuan_video:HunyuanVideo",
     "ltx_video": "kinema.families.ltx_video:LTXVideo",
     "wan": "kinema.families.wan:Wan",
