@@ -17,7 +17,7 @@ COLUMNS = {
     "h": "checkpointing, compile, float8",
 }
 BEGIN, END = "<!-- proofs: begin -->", "<!-- proofs: end -->"
-_TEST = re.compile(r"test_zoo\.py::test_([a-h])_\w+\[([\w.-]+?)(?:-(?:diffusers|comfyui|kohya))?\]$")
+_TEST = re.compile(r"test_zoo\.py::test_([a-h])_\w+\[([\w.-]+?)(?:-(?:diffusers|comfyui|kohya))?\](?:@.*)?$")
 
 
 def outcomes(reports: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:

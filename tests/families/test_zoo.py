@@ -83,7 +83,11 @@ def _times(prepared: Prepared, t: float) -> Tensor:
     return times.view(-1, 1, 1, 1, 1) * (1 - prepared.given)
 
 
-@pytest.fixture(scope="module", params=ALL, ids=lambda case: case.id)
+# One worker makes a tiny model and runs all proofs of it.
+GROUPED = [pytest.param(case, id=case.id, marks=pytest.mark.xdist_group(case.id)) for case in ALL]
+
+
+@pytest.fixture(scope="module", params=GROUPED)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp("zoo"))
 
