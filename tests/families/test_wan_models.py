@@ -36,23 +36,34 @@ def count(module: torch.nn.Module) -> int:
         ("t2v-14b", 14_288_491_584),
         ("i2v-14b-480p", 16_394_878_784),
         ("i2v-14b-720p", 16_394_878_784),
+        ("flf2v-14b-720p", 16_395_536_704),
+        ("t2v-a14b", 14_288_491_584),
+        ("i2v-a14b", 14_288_901_184),
+        ("ti2v-5b", 4_999_787_712),
+        ("ti2v-5b-i2v", 4_999_787_712),
     ],
 )
 def test_networks_have_the_published_size(variant: str, parameters: int) -> None:
     network = full_size(variant, "network")
     assert count(network) == parameters == Wan.variants[variant].parameters
     assert {p.device.type for p in network.parameters()} == {"meta"}
+    if variant.endswith("a14b"):
+        assert count(full_size(variant, "network_2")) == parameters
 
-    width, hidden, layers = (1536, 8960, 30) if variant == "t2v-1.3b" else (5120, 13824, 40)  # by hand
-    image = variant.startswith("i2v")
+    sizes = {"t2v-1.3b": (1536, 8960, 30), "ti2v-5b": (3072, 14336, 30), "ti2v-5b-i2v": (3072, 14336, 30)}
+    width, hidden, layers = sizes.get(variant, (5120, 13824, 40))  # by hand
+    clip = variant.startswith(("i2v-14b", "flf2v"))
+    channels = 48 if "5b" in variant else 36 if variant.startswith(("i2v", "flf2v")) else 16
     block = 8 * (width**2 + width) + 4 * width + 2 * width + 2 * width * hidden + hidden + width + 6 * width
     embeddings = (256 + width + 6 * width + 4096 + width) * width + (2 + 6 + 2) * width
-    patches = (36 if image else 16) * 4 * width + width
-    head = width * 64 + 64 + 2 * width
-    if image:
+    patches = channels * 4 * width + width
+    outputs = 48 if channels == 48 else 16
+    head = width * outputs * 4 + outputs * 4 + 2 * width
+    if clip:
         block += 2 * (width**2 + width) + width
         embeddings += 2 * 1280 + 1280**2 + 1280 + 1280 * width + width + 2 * width
-    assert parameters == layers * block + embeddings + patches + head
+    positions = 2 * 257 * 1280 if variant.startswith("flf2v") else 0
+    assert parameters == layers * block + embeddings + patches + head + positions
 
 
 def test_encoders_have_the_published_size() -> None:
@@ -76,7 +87,11 @@ def test_names_at_full_size(variant: str) -> None:
     state = full_size(variant, "network").state_dict()
     original = family.to_original(state)
     assert len(original) == len(state)
-    converted = convert_wan_transformer_to_diffusers(dict(original))
+    known = dict(original)
+    positions = known.pop("img_emb.emb_pos", None)  # of two frames; the converter does not know it, its script does
+    converted = convert_wan_transformer_to_diffusers(known)
+    if positions is not None:
+        converted["condition_embedder.image_embedder.pos_embed"] = positions
     assert converted.keys() == state.keys()
     assert all(converted[name] is state[name] for name in state)
     assert list(family.from_original(original)) == list(state)
@@ -84,7 +99,8 @@ def test_names_at_full_size(variant: str) -> None:
 
     samples = {"blocks.0.self_attn.q.weight", "patch_embedding.weight", "text_embedding.0.bias", "head.head.weight"}
     samples |= {"time_projection.1.weight", "head.modulation", "blocks.29.modulation", "blocks.7.norm3.weight"}
-    samples |= {"img_emb.proj.1.weight", "blocks.3.cross_attn.k_img.bias"} if variant.startswith("i2v") else set()
+    clip = "image_encoder" in Wan.variants[variant].parts
+    samples |= {"img_emb.proj.1.weight", "blocks.3.cross_attn.k_img.bias"} if clip else set()
     assert samples <= original.keys()
 
     lora = {"blocks.0.attn1.to_q.lora_A.weight": 1, "blocks.12.ffn.net.0.proj.lora_B.weight": 2}
@@ -214,3 +230,17 @@ def test_validate_asks_no_network() -> None:
     hub = config_of("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", model={"variant": "i2v-14b-720p"})
     family_of(hub).validate(hub)
     assert family_of(hub).default_shift() == 5.0
+
+
+def test_tables_of_parts_that_the_variant_has_not(t2v: Path) -> None:
+    def check(**tables: dict[str, str]) -> None:
+        model = {"family": "wan", "variant": "t2v-1.3b", "path": str(t2v), **tables}
+        whole = {"model": model, "data": {"sources": [{"path": "x"}]}, "training": {"steps": 1}}
+        config = Config.model_validate(whole)
+        open_family(config.model).validate(config)
+
+    check(autoencoder={"dtype": "bf16"})
+    with pytest.raises(ConfigError, match=r"model\.image_encoder: t2v-1\.3b has no such part.*text_encoder"):
+        check(image_encoder={"path": str(t2v)})
+    with pytest.raises(ConfigError, match=r"model\.tokenizer\.dtype: a tokenizer has no weights"):
+        check(tokenizer={"dtype": "fp32"})

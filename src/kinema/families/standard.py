@@ -228,6 +228,7 @@ class StandardFamily(Family):
         check_options(config, self.name, self.options)
         check_sizes(config, self.variant)
         check_controls(config, self.variant)
+        self._check_parts(config)
         self._check_trained(config)
         for part in self.needed_parts(config):
             own, near = (part_config(config.model, name).path for name in (part, self.spec(part).beside or part))
@@ -241,6 +242,20 @@ class StandardFamily(Family):
     def needed_parts(self, config: Config) -> tuple[str, ...]:
         """The parts that have to be there for this configuration."""
         return self.variant.parts
+
+    def _check_parts(self, config: Config) -> None:
+        """ConfigError for tables of parts that the variant has not, and for types of parts without weights."""
+        for name, value in config.model:
+            if not isinstance(value, PartConfig) or value == PartConfig():
+                continue
+            if name not in self.variant.parts:
+                known = [part for part in self.variant.parts if part in type(config.model).model_fields]
+                raise ConfigError(
+                    f"model.{name}: {self.variant.name} has no such part{did_you_mean(name, known)} "
+                    f"Its parts: {', '.join(known)}."
+                )
+            if value.dtype is not None and not self.spec(name).model:
+                raise ConfigError(f"model.{name}.dtype: a {self.spec(name).what} has no weights; leave the key out.")
 
     def _check_trained(self, config: Config) -> None:
         known = self.trainable_parts()
