@@ -113,6 +113,60 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(tmp_path, base):
         check(init_from=tmp_path / "nowhere.safetensors")
 
 
+def gradients(base, root, kind, world=None):
+    """Gradients of the adapter's weights for fixed inputs, with every weight moved; sharded over ``world``."""
+    from kinema.parallel.data import accumulate, shard
+
+    config = config_of(base, root, kind)
+    network = trained_networks(config)["network"].train()
+    if world is not None:
+        shard(network, open_family(config.model).blocks(network), world)
+    draw = torch.Generator().manual_seed(7)
+    x, text = torch.randn(1, 16, 2, 4, 4, generator=draw), torch.randn(1, 6, network.config.text_dim, generator=draw)
+    with accumulate(network):
+        network(x, torch.tensor([400.0]), text, return_dict=False)[0].square().mean().backward()
+    found = {}
+    for name, parameter in adapter_parameters(network).items():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.full_tensor() if world is not None else parameter.grad
+    return found
+
+
+def sharded_gradients(rank, port, base, root):
+    import os
+
+    from kinema.config.schema import ParallelConfig
+    from kinema.parallel.mesh import start, stop
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = start(ParallelConfig(dp_shard=2), "cpu")
+    for kind in KINDS:
+        found = gradients(base, root / f"rank{rank}", kind, world)
+        if rank == 0:
+            torch.save(found, root / f"{kind}.pt")
+    world.barrier()
+    stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sharded_networks_give_every_kind_the_same_gradients(tmp_path, base):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_gradients, (port, base, tmp_path), nprocs=2)
+    for kind in KINDS:
+        alone, sharded = gradients(base, tmp_path, kind), torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        assert sharded.keys() == alone.keys()
+        for name, value in alone.items():
+            assert value.any(), name
+            torch.testing.assert_close(sharded[name], 2 * value, rtol=1e-4, atol=1e-6)  # two ranks, summed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter", ['type = "dora"\nrank = 4', 'type = "lokr"\nrank = 4\nrank_dropout = 0.3', 'type = "ia3"']
