@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from zoo import Case, batch_of, config_of, recording
 
-from kinema.config.schema import ModelConfig
+from kinema.config.schema import ModelConfig, PartConfig
 from kinema.data.batch import Sample
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, UserError
 from kinema.families.hunyuan_image import HunyuanImage
 from kinema.families.hunyuan_image_layout import (
     AUTOENCODER,
@@ -226,6 +227,26 @@ def test_names_of_all_layouts(tiny: Path, variant: str) -> None:
         back = network_from_original(dict(state))
         assert back.keys() == ours.keys()
         assert all(torch.equal(back[name], value) for name, value in ours.items())
+
+
+def test_variant_of_a_single_file(tiny: Path, variant: str, tmp_path: Path) -> None:
+    """In ComfyUI's layout and under its prefix, which holds a second ``model.``: told by its names, and read."""
+    network = opened(tiny, variant).load("network", "cpu", torch.float32)
+    state = NETWORK.to_original(network.state_dict())
+    save_file(
+        {f"model.model.{name}": value.contiguous() for name, value in state.items()}, tmp_path / "one.safetensors"
+    )
+    told = ModelConfig(
+        family="hunyuan_image", path=str(tiny), network=PartConfig(path=str(tmp_path / "one.safetensors"))
+    )
+    assert (
+        open_family(ModelConfig(family="hunyuan_image", path=str(tmp_path / "one.safetensors"))).variant.name == variant
+    )
+    back = open_family(told.model_copy(update={"variant": variant})).load("network", "cpu", torch.float32).state_dict()
+    assert all(torch.equal(back[name], value) for name, value in network.state_dict().items())
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors looks like .*not the network of HunyuanImage"):
+        _ = open_family(ModelConfig(family="hunyuan_image", path=str(tmp_path / "other.safetensors"))).variant
 
 
 def test_autoencoder_in_tencents_layout() -> None:

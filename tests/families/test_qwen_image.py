@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
+from safetensors.torch import save_file
 from zoo import Case, batch_of, config_of, recording
 
-from kinema.config.schema import ModelConfig
+from kinema.config.schema import ModelConfig, PartConfig
 from kinema.data.batch import Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.loading import CONFIGS
@@ -149,6 +150,21 @@ def test_variant_of_a_directory(tmp_path: Path, variant: str) -> None:
     if variant != "edit-2511":
         with pytest.raises(UserError, match="Name one: base, edit, edit-plus"):
             _ = open_family(ModelConfig(family="qwen_image", path=str(tmp_path))).variant
+
+
+def test_the_release_2511_in_a_single_file(tmp_path: Path) -> None:
+    """ComfyUI's file has an empty tensor that says which it is, and that is no weight."""
+    directory = QwenImage.tiny(tmp_path / "tiny", "edit-2511")
+    network = family(directory, "edit-2511").load("network", "cpu", torch.float32)
+    state = {f"model.diffusion_model.{name}": value for name, value in network.state_dict().items()}
+    file = tmp_path / "qwen_image_edit_2511_bf16.safetensors"
+    save_file(state | {"model.diffusion_model.__index_timestep_zero__": torch.zeros(0)}, file)
+    assert open_family(ModelConfig(family="qwen_image", path=str(file))).variant.name == "edit-2511"
+    model = ModelConfig(
+        family="qwen_image", variant="edit-2511", path=str(directory), network=PartConfig(path=str(file))
+    )
+    back = open_family(model).load("network", "cpu", torch.float32).state_dict()
+    assert all(torch.equal(back[name], value) for name, value in network.state_dict().items())
 
 
 def test_text_length_is_checked(plus: Path, tmp_path: Path) -> None:

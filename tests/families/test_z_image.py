@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from zoo import batch_of
 
 from kinema.config.schema import ModelConfig
 from kinema.data.batch import Sample
+from kinema.errors import UserError
 from kinema.families.layout import LoraFactors
 from kinema.families.loading import CONFIGS
 from kinema.families.registry import open_family
@@ -56,6 +58,19 @@ def test_variant_of_a_directory(tmp_path: Path, variant: str) -> None:
     shutil.copytree(shipped / variant / "scheduler", tmp_path / "scheduler")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
     assert open_family(ModelConfig(family="z_image", path=str(tmp_path))).variant.name == variant
+
+
+def test_variant_of_a_single_file(tmp_path: Path) -> None:
+    """By its name; base and Turbo are alike inside."""
+    for name in ("z_image_turbo_bf16.safetensors", "model.safetensors"):
+        save_file({"layers.0.attention.qkv.weight": torch.zeros(1)}, tmp_path / name)
+    turbo, other = (
+        open_family(ModelConfig(family="z_image", path=str(tmp_path / name)))
+        for name in ("z_image_turbo_bf16.safetensors", "model.safetensors")
+    )
+    assert turbo.variant.name == "turbo"
+    with pytest.raises(UserError, match="Name one: base, turbo"):
+        _ = other.variant
 
 
 def test_adapters_are_named_as_the_community_names_them() -> None:

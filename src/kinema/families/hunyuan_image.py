@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
-from kinema.errors import ConfigError
+from kinema.errors import ConfigError, UserError
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.hunyuan_image_layout import NETWORK, autoencoder_from_original, network_from_original
-from kinema.families.loading import PartSpec
+from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import (
     BYT5,
     BYT5_TOKENIZER,
@@ -27,7 +27,7 @@ from kinema.families.parts import (
     SCHEDULER,
 )
 from kinema.families.standard import LATENTS, StandardFamily
-from kinema.families.tensors import NETWORK_INSIDE
+from kinema.families.tensors import NETWORK_INSIDE, looks_like, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 
 if TYPE_CHECKING:
@@ -97,6 +97,17 @@ class HunyuanImage(StandardFamily):
     encoding_version = "hunyuan-image-1"
     options = ("guidance",)
     batched_sampling = False  # the pipeline guides all of a call alike if any of its prompts has words to draw
+
+    def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
+        if described:
+            return super().detect(fitting, described, found)
+        names = " ".join(shapes := tensor_shapes(found.files))
+        if "byt5_in.fc1." not in names and "context_embedder_2." not in names:
+            raise UserError(
+                f"{found.key}: {found.place} looks like {looks_like(shapes)}, not the network of HunyuanImage-2.1, "
+                "which has a part for ByT5's text. Give the right file, or a diffusers directory."
+            )
+        return "distilled" if "time_r_in." in names or "timestep_embedder_r." in names else "base"
 
     @property
     def distilled(self) -> bool:

@@ -21,6 +21,7 @@ from kinema.families.loading import Found, PartSpec
 from kinema.families.packing import pack, unpack
 from kinema.families.parts import QWEN25_TOKENIZER, QWEN25_VL, QWEN_PROCESSOR, QWEN_VAE, SCHEDULER
 from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.tensors import tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 
 if TYPE_CHECKING:
@@ -31,15 +32,23 @@ TEXT_LENGTH = 512
 LONGEST_TEXT = 1024
 """Tokens of text that the encoder is asked for at most."""
 
-# ComfyUI reads the published names; its files of the release 2511 mark with an empty tensor what zero_cond_t says.
-NETWORK = Layout([], dropped=["__index_timestep_zero__"], same=True)
+MARK_2511 = "__index_timestep_zero__"
+"""An empty tensor by which ComfyUI's files of the release 2511 say what zero_cond_t says in a configuration."""
+
+NETWORK = Layout([], same=True)
+"""ComfyUI reads the published names."""
+
+
+def _without_mark(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name != MARK_2511}
+
 
 PARTS = {
     "network": PartSpec(
         "diffusion network",
         "transformer",
         "diffusers:QwenImageTransformer2DModel",
-        to_ours=NETWORK.from_original,
+        to_ours=_without_mark,
     ),
     "autoencoder": QWEN_VAE,
     "text_encoder": QWEN25_VL,
@@ -96,6 +105,8 @@ class QwenImage(StandardFamily):
     """As its published scheduler shifts."""
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
+        if not described and MARK_2511 in tensor_shapes(found.files):
+            return "edit-2511"
         # Configurations from before the release 2511 do not know zero_cond_t, which is false there.
         fitting = [name for name in fitting if (name == "edit-2511") == bool(described.get("zero_cond_t"))]
         return super().detect(fitting, described, found)

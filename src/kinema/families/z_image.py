@@ -122,7 +122,9 @@ class ZImage(StandardFamily):
         scheduler = self._find("scheduler", weights=False)
         shift = read_json(scheduler.config).get("shift") if scheduler and scheduler.config else None
         by_shift = {_TURBO_SHIFT: "turbo", _BASE_SHIFT: "base"}
-        return by_shift.get(shift) if shift in by_shift else super().detect(fitting, described, found)
+        if shift in by_shift:
+            return by_shift[shift]
+        return "turbo" if "turbo" in found.place.name.lower() else super().detect(fitting, described, found)
 
     @property
     def path(self) -> NoisePath:
