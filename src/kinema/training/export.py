@@ -5,8 +5,9 @@ An export is a directory ``step-00001000`` in the run's ``exports``:
 - ``diffusers/``: ``pytorch_lora_weights.safetensors`` of an adapter, ``transformer/`` of a whole network;
 - ``kohya/<run>-step1000.safetensors``, ``peft/``: an adapter in those layouts, where they are asked for;
 - ``comfyui/<run>-step1000.safetensors``: an adapter under ComfyUI's names, or a whole network as one file,
-  original
-  names under ``model.diffusion_model.``, the prefix that ComfyUI and diffusers' single-file loader know;
+  original names under ``model.diffusion_model.``, the prefix that ComfyUI and diffusers' single-file loader know;
+- a text encoder that was trained whole: ``diffusers/text_encoder/`` and ``comfyui/<run>-step1000-text_encoder...``,
+  which ComfyUI loads as a text encoder of its own;
 - ``config.toml``, the resolved configuration, and ``kinema.json``: what this is and where the other parts
   are.
 """
@@ -154,6 +155,8 @@ class _Writing:
     def places(self, part: str) -> dict[str, str]:
         """Where each layout puts a part's weights, relative to the export."""
         folder, ending = self.family.folder(part), self.family.expert(part)
+        if not ending and self.config.adapter is None and not part.startswith("network"):
+            ending = part
         ending = f"-{ending}" if ending else ""
         of_adapter = DIFFUSERS_FILE.replace(".", f"{ending}.", 1)
         places = {
@@ -193,26 +196,30 @@ def _write_network(job: _Writing, part: str, state: Mapping[str, Tensor], networ
 
     tensors = {name: value.contiguous() for name, value in state.items()}
     metadata = {"format": "pt", **job.metadata()}
+    is_network = part.startswith("network")
     for layout, place in job.places(part).items():
         path = job.directory / place
         path.parent.mkdir(exist_ok=True)
         if layout == "diffusers":
             path.mkdir()
             (path / "config.json").write_text(_network_config(network), encoding="utf-8")
-            _write_shards(path, tensors, metadata)
+            # Original names of a text encoder are those that every version of transformers reads.
+            ours = tensors if is_network else job.family.to_original(tensors, part)
+            _write_shards(path, "diffusion_pytorch_model" if is_network else "model", ours, metadata)
         else:
+            prefix = "model.diffusion_model." if is_network else ""
             original = job.family.to_original(tensors, part)
-            save_file({f"model.diffusion_model.{name}": v for name, v in original.items()}, path, metadata)
+            save_file({f"{prefix}{name}": v.contiguous() for name, v in original.items()}, path, metadata)
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """diffusers' file names, and its index where there are several files."""
+def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """diffusers' (or transformers') file names, and their index where there are several files."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     split = split_torch_state_dict_into_shards(
         tensors,
-        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
     for filename, names in split.filename_to_tensors.items():
@@ -220,15 +227,18 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _network_config(network: nn.Module) -> str:
-    """diffusers' ``config.json``, under the name of the class that FSDP2 derived from."""
+    """diffusers' or transformers' ``config.json``, under the name of the class that FSDP2 derived from."""
     from torch.distributed.fsdp import FSDPModule
 
-    facts = json.loads(network.to_json_string())
-    facts["_class_name"] = next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    name = next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    if hasattr(network, "to_json_string"):
+        facts = json.loads(network.to_json_string()) | {"_class_name": name}
+    else:
+        facts = json.loads(network.config.to_json_string()) | {"architectures": [name]}
     facts.pop("_name_or_path", None)  # a path on this machine
     return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
