@@ -23,7 +23,7 @@ from kinema.families.parts import SCHEDULER, SDXL_VAE, tokenizer
 from kinema.families.positions import check_sides
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import tensor_shapes
-from kinema.families.text import padded, warn_if_cut
+from kinema.families.text import padded, quietly, warn_if_cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -137,7 +137,7 @@ class AuraFlow(StandardFamily):
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             if encoding.name == "text":
                 return [{"text": self._encode_text(parts, sample.caption)} for sample in samples]
             return self.encode_latents(parts["autoencoder"], samples)

@@ -34,7 +34,7 @@ from kinema.families.parts import (
     T5_XXL,
 )
 from kinema.families.standard import LATENTS, StandardFamily
-from kinema.families.text import warn_if_cut
+from kinema.families.text import quietly, warn_if_cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,7 +142,7 @@ class HiDream(StandardFamily):
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             if encoding.name == "latents":
                 return self.encode_latents(parts["autoencoder"], samples)
             encoders = {"clip": self._encode_clip, "t5": self._encode_t5, "llama": self._encode_llama}

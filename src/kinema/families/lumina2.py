@@ -20,7 +20,7 @@ from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import FLUX_VAE, GEMMA2_2B, GEMMA_TOKENIZER, SCHEDULER
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import tensor_shapes
-from kinema.families.text import padded, warn_if_cut
+from kinema.families.text import padded, quietly, warn_if_cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -131,7 +131,7 @@ class Lumina2(StandardFamily):
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             if encoding.name == "text":
                 return [{"text": self._encode_text(parts, sample.caption)} for sample in samples]
             return self.encode_latents(parts["autoencoder"], samples)

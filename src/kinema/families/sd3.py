@@ -33,7 +33,7 @@ from kinema.families.positions import check_sides
 from kinema.families.sd3_layout import network_from_original, network_layout
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import tensor_shapes
-from kinema.families.text import warn_if_cut
+from kinema.families.text import quietly, warn_if_cut
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,7 +133,7 @@ class SD3(StandardFamily):
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             if encoding.name == "clip":
                 return [self._encode_clip(parts, sample.caption) for sample in samples]
             if encoding.name == "t5":
