@@ -236,6 +236,28 @@ def test_whole_parameters_are_merged_too(tmp_path, base):
     assert not (tmp_path / "never").exists()
 
 
+def test_a_float8_base_is_merged_in_fp32(tmp_path, base):
+    """Files of plain float8 (without scales) stay of their type, or take the one asked for."""
+    state = {
+        name: value.to(torch.float8_e4m3fn) if value.ndim == 2 and "blocks" in name else value
+        for name, value in load(base).state_dict().items()
+    }
+    short = tmp_path / "short"
+    short.mkdir()
+    save_file(state, short / "diffusion_pytorch_model.safetensors")
+    (short / "config.json").write_text((base / "transformer" / "config.json").read_text())
+    adapter, family = adapter_on(base), open_model(str(base), **WHAT).family
+    save_adapter(tmp_path / "x.safetensors", "comfyui", [adapter], family, metadata={})
+    for dtype, wanted in ((None, torch.float8_e4m3fn), ("bf16", torch.bfloat16)):
+        out = tmp_path / f"out{dtype}"
+        merge(str(short), [(tmp_path / "x.safetensors", 1.0)], out, "diffusers", dtype=dtype, **WHAT)
+        merged, layer = weights(out), "blocks.1.attn1.to_q"
+        a, b = (adapter.state[f"{layer}.lora_{x}.weight"] for x in "AB")
+        exact = state[f"{layer}.weight"].float() + adapter.scale(layer) * b @ a
+        assert merged[f"{layer}.weight"].dtype == wanted
+        assert (merged[f"{layer}.weight"].float() != exact.to(wanted).float()).float().mean() < 0.01
+
+
 def test_merging_rounds_once(tmp_path, base):
     """A bf16 base gets the fp32 sum of all adapters, rounded at the end."""
     short = tmp_path / "short"

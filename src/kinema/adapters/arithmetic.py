@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from kinema.adapters.state import IA3, LORA_A, LORA_B, MAGNITUDE, Adapter
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+
+def exact_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in with values of this one: fp32 or better. (torch promotes no float8.)"""
+    import torch
+
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def merged_weight(weight: Tensor, bias: Tensor | None, adapter: Adapter, layer: str, factor: float) -> list[Tensor]:
@@ -22,9 +30,7 @@ def merged_weight(weight: Tensor, bias: Tensor | None, adapter: Adapter, layer: 
 
     ``weight``: [out, in, ...].
     """
-    import torch
-
-    exact = torch.promote_types(weight.dtype, torch.float32)
+    exact = exact_type(weight.dtype)
     base = weight.to(exact)
     tensors = [base] if bias is None else [base, bias.to(exact)]
     if adapter.kind == "ia3":

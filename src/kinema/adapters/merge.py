@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kinema.adapters.arithmetic import merged_weight
+from kinema.adapters.arithmetic import exact_type, merged_weight
 from kinema.adapters.files import read_adapter
 from kinema.adapters.inject import shifted
 from kinema.adapters.model import Model, empty_modules, open_model, write_checkpoint
@@ -90,13 +90,11 @@ def _merged(
     names: Sequence[str], weights: dict[str, Tensor], folded: Sequence[Folded], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """These tensors with every adapter folded in: in fp32 until all have been, then in their type."""
-    import torch
-
     exact: dict[str, Tensor] = {}
 
     def now(name: str) -> Tensor:
         value = exact.get(name, weights[name])
-        return value.to(torch.promote_types(value.dtype, torch.float32))
+        return value.to(exact_type(value.dtype))
 
     for one in folded:
         for name in names:

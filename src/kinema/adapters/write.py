@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.adapters.arithmetic import exact_type
 from kinema.adapters.factors import lokr_sizes
 from kinema.adapters.inject import by_value
 from kinema.adapters.names import Names, to_original_layers
@@ -164,11 +165,9 @@ def lycoris_alpha(adapter: Adapter, layer: str) -> float | None:
 
 def _scaled(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The factors with the scale in one of them."""
-    import torch
-
     key = next(key for key in (LORA_B, "lokr_w1", "lokr_w1_a") if key in factors)
-    exact = torch.promote_types(factors[key].dtype, torch.float32)
-    return dict(factors) if scale == 1 else {**factors, key: factors[key].to(exact) * scale}
+    scaled = factors[key].to(exact_type(factors[key].dtype)) * scale
+    return dict(factors) if scale == 1 else {**factors, key: scaled}
 
 
 def _dora(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
