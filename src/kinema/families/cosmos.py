@@ -12,9 +12,10 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Parts, Prepared
 from kinema.families.layout import Layout
-from kinema.families.loading import PartSpec
+from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import SCHEDULER, T5_11B, T5_11B_TOKENIZER
 from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.tensors import SUFFIXES, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 from kinema.randomness import generator
 
@@ -46,9 +47,24 @@ def network_spec(layout: Layout) -> PartSpec:
 PARTS = {"text_encoder": T5_11B, "tokenizer": T5_11B_TOKENIZER, "scheduler": SCHEDULER}
 
 
+def size_and_task(described: Mapping[str, Any], found: Found) -> tuple[int, bool] | None:
+    """(width, whether a first frame is given) of a network, from its configuration or the shapes of its weights."""
+    if "num_attention_heads" in described:
+        width = described["num_attention_heads"] * described["attention_head_dim"]
+        return width, described["in_channels"] > described["out_channels"]
+    if not all(file.suffix in SUFFIXES for file in found.files):
+        return None
+    shapes = {name.removeprefix("net."): shape for name, shape in tensor_shapes(found.files).items()}
+    width, inputs = shapes.get("x_embedder.proj.1.weight", (0, 0))
+    given = {4 * (16 + 1): False, 4 * (16 + 1 + 1): True}.get(inputs)  # of patches, with the padding mask
+    return None if given is None else (width, given)
+
+
 class CosmosFamily(StandardFamily):
     """A generation of Cosmos. Where a first frame is given, it stands in the place of the first latent frame, and a
     mask beside x_t says so."""
+
+    options = ("first_frame_p",)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -29,18 +29,18 @@ from kinema.config.schema import Config
 from kinema.data.batch import Sample
 from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, SamplingDefaults, Variant
-from kinema.families.cosmos import PARTS, CosmosFamily, network_spec
+from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
 from kinema.families.cosmos_layout import COSMOS1, autoencoder_from_original
 from kinema.families.loading import Found, PartSpec
 from kinema.families.standard import pixels_of
-from kinema.families.tensors import tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SIGMA_DATA = 0.5
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-"""The noise levels that its sampler visits."""
+SIGMA_MIN, SIGMA_MAX = 0.0002, 1000.0
+"""The range of noise levels: from the least of ``EDMSDE``, and what is left out above is one in 10^7 of those drawn in
+training. Samplers visit 0.002 to 80."""
 LATENT_FRAMES = 16
 """Of its videos in training; the statistics of its latents are known for as many."""
 
@@ -110,13 +110,10 @@ class Cosmos1(CosmosFamily):
         return t.clamp(self.path.t_min, self.path.t_max)
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
-        if described.get("_class_name"):
-            return fitting[0] if len(fitting) == 1 else None
-        shapes = {name.removeprefix("net."): shape for name, shape in tensor_shapes(found.files).items()}
-        width, inputs = shapes.get("x_embedder.proj.1.weight", (0, 0))
-        size = {4096: "7b", 5120: "14b"}.get(width)
-        task = {4 * 17: "text2world", 4 * 18: "video2world"}.get(inputs)  # with the padding mask
-        return f"{task}-{size}" if size and task else None
+        if (traits := size_and_task(described, found)) is None:
+            return None
+        width, given = traits
+        return f"{'video2world' if given else 'text2world'}-{'14b' if width >= 5120 else '7b'}"
 
     def validate(self, config: Config) -> None:
         super().validate(config)

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.families.base import SamplingDefaults, Variant
-from kinema.families.cosmos import PARTS, CosmosFamily, network_spec
+from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
 from kinema.families.cosmos_layout import PREDICT2
 from kinema.families.loading import Found
 from kinema.families.parts import WAN_VAE
-from kinema.families.tensors import tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,13 +78,10 @@ class CosmosPredict2(CosmosFamily):
     encoding_version = "cosmos_predict2-1"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
-        if described.get("_class_name"):
-            return fitting[0] if len(fitting) == 1 else None
-        shapes = {name.removeprefix("net."): shape for name, shape in tensor_shapes(found.files).items()}
-        width, inputs = shapes.get("x_embedder.proj.1.weight", (0, 0))
-        size = {2048: "2b", 5120: "14b"}.get(width)
-        task = {4 * 17: "text2image", 4 * 18: "video2world"}.get(inputs)  # with the padding mask
-        return f"{task}-{size}" if size and task else None
+        if (traits := size_and_task(described, found)) is None:
+            return None
+        width, given = traits
+        return f"{'video2world' if given else 'text2image'}-{'14b' if width >= 5120 else '2b'}"
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         time = t
