@@ -237,7 +237,8 @@ def recording(*networks: nn.Module) -> Iterator[list[Inputs]]:
 def run_pipeline(case: Case, pipeline: Any, guided: bool, steps: int = 3) -> None:
     """Sample once, from a fixed seed."""
     known = inspect.signature(type(pipeline).__call__).parameters
-    arguments: dict[str, Any] = {"prompt": PROMPT, "height": case.height, "width": case.width}
+    sizes = {"height": case.height, "width": case.width}  # some pipelines make samples of their pictures' size
+    arguments: dict[str, Any] = {"prompt": PROMPT} | {name: size for name, size in sizes.items() if name in known}
     if guided and "negative_prompt" in known:
         arguments["negative_prompt"] = NEGATIVE
     if case.frames > 1 and "num_frames" in known:

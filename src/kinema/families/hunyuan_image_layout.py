@@ -136,7 +136,12 @@ def network_from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of the network in any known layout to diffusers'."""
     if not any(name.startswith("double_blocks.") for name in state):
         return state
-    return NETWORK.from_original(_fuse({_renamed(name, _TO_COMFYUI): value for name, value in state.items()}))
+    return NETWORK.from_original(comfyui_names(state))
+
+
+def comfyui_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network in any of the three under ComfyUI's names. HunyuanVideo-1.5's files are written in the same three."""
+    return _fuse({_renamed(name, _TO_COMFYUI): value for name, value in state.items()})
 
 
 def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:

@@ -48,6 +48,7 @@ class HunyuanVideo(StandardFamily):
     network_layout = NETWORK
     encoding_version = "hunyuan-video-1"
     options = ("guidance",)
+    options = ("guidance",)
 
     def spec(self, part: str) -> PartSpec:
         if part == "text_encoder" and self.from_image:

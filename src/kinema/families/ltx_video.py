@@ -44,6 +44,7 @@ class LTXVideo(StandardFamily):
     network_layout = NETWORK
     encoding_version = "ltx-video-1"
     options = ("first_frame_p",)
+    options = ("first_frame_p",)
     resolution_shift = ResolutionShift(1024, 0.95, 4096, 2.05)
     """Of the authors' trainer (its shifted logit-normal law) and of their schedule for sampling."""
 
