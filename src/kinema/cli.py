@@ -248,33 +248,21 @@ def schema() -> None:
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
 ) -> None:
-    """List the families and their variants."""
-    from kinema.families.registry import family_class, family_names
+    """List the families and their variants: sizes, parts, what is supported."""
+    from kinema.families.catalog import catalog, terminal_table
 
-    rows: list[dict[str, Any]] = [
-        {
-            "family": name,
-            "variant": variant.name,
-            "modality": variant.modality,
-            "parameters": variant.parameters,
-            "hub": variant.hub,
-        }
-        for name in family_names()
-        for variant in family_class(name).variants.values()
-    ]
+    entries = catalog()
     if as_json:
         import json
 
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps([entry.as_json() for entry in entries], indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("family", "variant", "makes", "parameters", "hub")
-    for row in rows:
-        size = f"{row['parameters'] / 1e9:.1f}B"
-        table.add_row(row["family"], row["variant"], row["modality"], size, row["hub"])
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: nothing is cut
+        console.width = max(console.width, 100)
+    console.print(terminal_table(entries))
 
 
 LayoutOption = Annotated[
