@@ -297,6 +297,32 @@ def test_state_moves_to_another_network(kind):
         load_adapter_state(two, wrong)
 
 
+@kinds
+def test_a_base_in_float8_takes_every_kind(kind):
+    """Fresh, trained and folded in as on the same weights, rounded, in ordinary layers."""
+    from kinema.networks.float8 import Float8Linear, restore_float8, store_float8
+
+    network, rounded = tiny_network(), tiny_network()
+    store_float8([network.blocks])
+    store_float8([rounded.blocks])
+    restore_float8(rounded)
+    fresh = run(network)
+    for one in (network, rounded):
+        add_adapter(one, KINDS[kind], TARGETS, seed=0)
+    torch.testing.assert_close(run(network), fresh, rtol=1e-5, atol=1e-6)
+    train_a_little(network)
+    load_adapter_state(rounded, adapter_state(network))
+    assert (run(network) - fresh).abs().max() > 1e-2
+    torch.testing.assert_close(run(network), run(rounded), rtol=1e-4, atol=1e-5)
+    x, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 20)
+    network(x, torch.tensor([400.0]), text, return_dict=False)[0].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(network).values())
+    expected = run(network)
+    merge_adapter(network)
+    torch.testing.assert_close(run(network), expected, rtol=1e-4, atol=1e-5)
+    assert not isinstance(network.blocks[0].attn1.to_q, Float8Linear)
+
+
 # -- which layers ------------------------------------------------------------------------------------------------------
 
 

@@ -243,8 +243,11 @@ def fold_adapter(network: nn.Module, adapter: Adapter, factor: float = 1.0) -> N
 
     with torch.no_grad():
         for layer in adapter.layers:
-            module: Any = network.get_submodule(layer)
-            _fold(getattr(module, "base_layer", module), adapter, layer, factor)
+            wrapped = hasattr(network.get_submodule(layer), "base_layer")
+            module = _plain(network, f"{layer}.base_layer" if wrapped else layer)
+            merged = merged_weight(module.weight, module.bias, adapter, layer, factor)
+            for parameter, value in zip((module.weight, module.bias), merged, strict=False):
+                parameter.data = value
         parameters = dict(network.named_parameters()) if adapter.shifts else {}
         for name, shift in adapter.shifts.items():
             parameter = parameters[shifted(name, shift, parameters)]
@@ -264,10 +267,15 @@ def shifted(name: str, shift: Tensor, parameters: Mapping[str, Tensor]) -> str:
     return found
 
 
-def _fold(module: Any, adapter: Adapter, layer: str, factor: float) -> None:
-    merged = merged_weight(module.weight, module.bias, adapter, layer, factor)
-    for parameter, value in zip((module.weight, module.bias), merged, strict=False):
-        parameter.data = value
+def _plain(network: nn.Module, name: str) -> Any:
+    """A layer whose weight can be changed: one that is stored in float8 becomes an ordinary one, in place."""
+    from kinema.networks.float8 import Float8Linear
+
+    module = network.get_submodule(name)
+    if isinstance(module, Float8Linear):
+        module = module.plain()
+        network.set_submodule(name, module)
+    return module
 
 
 def merge_adapter(network: nn.Module) -> None:
