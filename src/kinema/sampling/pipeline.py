@@ -229,12 +229,17 @@ def _joined(texts: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor]:
 
 
 def _text_encoders(pipeline: Any) -> list[nn.Module]:
-    return [part for name, part in _modules(pipeline) if name.startswith("text_encoder")]
+    return [part for name, part in _modules(pipeline) if _is_text_encoder(pipeline, name)]
 
 
 def _other_parts(pipeline: Any) -> list[nn.Module]:
     """All but text encoders: the networks, the autoencoder, picture encoders."""
-    return [part for name, part in _modules(pipeline) if not name.startswith("text_encoder")]
+    return [part for name, part in _modules(pipeline) if not _is_text_encoder(pipeline, name)]
+
+
+def _is_text_encoder(pipeline: Any, name: str) -> bool:
+    """By the usual names of components; pipelines of ours that have others say so."""
+    return name.startswith("text_encoder") or name in getattr(pipeline, "text_encoders", ())
 
 
 def _modules(pipeline: Any) -> list[tuple[str, nn.Module]]:

@@ -80,11 +80,13 @@ def check_images(family: Family, images: Sequence[Path], name: str = "--image") 
     variant, (least, most) = family.variant, family.variant.pictures
     if most == 0 and images:
         raise UserError(
-            f"{name} {images[0]}: {variant.name} makes its {variant.modality}s from text alone; leave it away."
+            f"{name} {images[0]}: {variant.name} makes {variant.modality}s from text alone; leave it away."
         )
     if not least <= len(images) <= most:
         what = "edits pictures" if "controls" in variant.conditions else "makes a video from its first frame"
         what += " and its last one" if "last_frame" in variant.conditions else ""
+        if least == 0:
+            raise UserError(f"{variant.name} {what}: give up to {most} with {name}, or none; {len(images)} given.")
         wanted = {1: "the picture", 2: "both pictures, the first frame first,"}.get(least, f"{least} pictures")
         more = f" ({least} to {most} of them)" if most > least else ""
         raise UserError(f"{variant.name} {what}: give {wanted} with {name}{more}; {len(images)} given.")
