@@ -415,7 +415,13 @@ def test_variant_from_shapes(tmp_path: Path) -> None:
     assert variant(file("c.safetensors", **image), variant="i2v-14b-720p") == "i2v-14b-720p"
     prefixed = {f"model__diffusion_model__{key}": shape for key, shape in image.items()}
     assert variant(file("d.safetensors", **prefixed)) == "i2v-14b-480p"
-    with pytest.raises(UserError, match=r"looks like an autoencoder, not a Wan 2\.1 network"):
+    ends = image | {"img_emb__emb_pos": (1, 514, 4)}
+    assert variant(file("f.safetensors", **ends)) == "flf2v-14b-720p"
+    assert variant(file("g.safetensors", patch_embedding__weight=(5120, 36, 1, 2, 2))) == "i2v-a14b"
+    assert variant(file("h.safetensors", patch_embedding__weight=(3072, 48, 1, 2, 2))) == "ti2v-5b"
+    low = file("wan2.2_t2v_low_noise_14B.safetensors", patch_embedding__weight=(5120, 16, 1, 2, 2))
+    assert variant(low) == "t2v-a14b"
+    with pytest.raises(UserError, match=r"looks like an autoencoder, not a Wan network"):
         variant(file("e.safetensors", decoder__conv1__weight=(4,)))
     shapes = tensor_shapes([tmp_path / "a.safetensors"])
     assert shapes == {"patch_embedding.weight": (1536, 16, 1, 2, 2)}
