@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kinema.config.schema import ModelConfig
+from kinema.config.schema import Config, ModelConfig, PartConfig
 from kinema.data.batch import Sample
-from kinema.errors import UserError
+from kinema.errors import ConfigError, UserError
 from kinema.families.hidream import HiDream, unpadded
 
 
@@ -167,3 +167,16 @@ def test_llama_layers_are_stored_once(tiny: Path, tmp_path: Path, caplog: pytest
     (shorter,) = other.encode(encoding, parts, [Sample("a red ball moves left")])
     assert torch.equal(shorter["llama"], row["llama"][:2])
     assert next(one for one in other.encodings() if one.name == "llama").settings != encoding.settings
+
+
+def test_llama_is_not_published_with_the_others(tiny: Path) -> None:
+    values = {
+        "model": {"family": "hidream", "variant": "full", "path": "HiDream-ai/HiDream-I1-Full"},
+        "data": {"sources": [{"path": "."}]},
+        "training": {"steps": 1},
+    }
+    config = Config.model_validate(values)
+    with pytest.raises(ConfigError, match=r"model\.text_encoder_4\.path: .* meta-llama/Llama-3\.1-8B-Instruct"):
+        HiDream(config.model).validate(config)
+    given = config.model.model_copy(update={"text_encoder_4": PartConfig(path=str(tiny / "text_encoder_4"))})
+    HiDream(given).validate(config.model_copy(update={"model": given}))

@@ -17,7 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
+from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, read_json
@@ -216,6 +218,11 @@ class HiDream(StandardFamily):
             rf"{block}\.ff_i\.(shared_experts|experts\.\d+)\.w[123]",
             r"double_stream_blocks\.\d+\.block\.ff_t\.w[123]",
         )
+
+    def validate(self, config: Config) -> None:
+        super().validate(config)
+        if config.model.text_encoder_4.path is None and (config.model.path or "").startswith("HiDream-ai/"):
+            raise ConfigError(self._nowhere("text_encoder_4"))  # it is not published with the others
 
     @property
     def pipeline_class(self) -> Any:
