@@ -76,6 +76,11 @@ class CosmosFamily(StandardFamily):
         stand_in_for_torchvision()
         return super().empty(part)
 
+    @property
+    def batched_sampling(self) -> bool:  # type: ignore[override]
+        """With a picture the pipelines take one prompt."""
+        return not self.from_image
+
     def pipeline_modules(self, parts: Parts) -> dict[str, Any]:
         stand_in_for_torchvision()
         return super().pipeline_modules(parts) | {"safety_checker": parts.get("safety_checker") or _guardrail()}

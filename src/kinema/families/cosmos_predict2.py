@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
 from kinema.families.cosmos_layout import PREDICT2
-from kinema.families.loading import Found
-from kinema.families.parts import WAN_VAE
+from kinema.families.loading import Found, Source
+from kinema.families.parts import SCHEDULER, WAN_VAE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +56,14 @@ def _variant(name: str, parameters: int, hub: str) -> Variant:
     )
 
 
+def _load_scheduler(source: Source) -> Any:
+    """Without the settings that the pipelines themselves add to it, which its class does not know."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    added = ("sigma_max", "sigma_min", "sigma_data", "final_sigmas_type")
+    return FlowMatchEulerDiscreteScheduler.from_config({k: v for k, v in source.config.items() if k not in added})
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -65,7 +73,12 @@ VARIANTS = {
         _variant("video2world-14b", 14_265_285_632, "14B-Video2World"),
     )
 }
-_PARTS = {"network": network_spec(PREDICT2), "autoencoder": replace(WAN_VAE, originals=("tokenizer.pth",)), **PARTS}
+_PARTS = {
+    **PARTS,
+    "network": network_spec(PREDICT2),
+    "autoencoder": replace(WAN_VAE, originals=("tokenizer.pth",)),
+    "scheduler": replace(SCHEDULER, load=_load_scheduler),
+}
 
 
 class CosmosPredict2(CosmosFamily):
