@@ -9,6 +9,7 @@ Inputs equal those of diffusers' HunyuanVideoPipeline and HunyuanVideoImageToVid
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ TIME_SCALE = 1000.0
 GUIDANCE_SCALE = 1000.0
 """And guidance in thousands."""
 CHANNELS = 16
+DROPPED_FRAMES = 4
 PICTURE_TOKENS = 576
 """Tokens that LLaVA makes of a picture. The network sees every second or every fourth."""
 ASSISTANT_TOKENS = 4
@@ -182,6 +184,18 @@ class HunyuanVideo(StandardFamily):
         if config.model.guidance is not None and self.variant.name == "i2v-33ch":
             raise ConfigError("model.guidance: i2v-33ch has no guidance embedding; leave the key out.")
 
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    @property
+    def batched_sampling(self) -> bool:  # type: ignore[override]
+        """With a picture the pipeline takes one prompt."""
+        return not self.from_image
+
+    @property
+    def pipeline_class(self) -> Any:
+        kind = super().pipeline_class
+        return _with_dropped_frames(kind) if self.variant.name == "i2v-33ch" else kind
+
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:
         from kinema.families.hunyuan_video_tiny import write_tiny
@@ -194,3 +208,15 @@ def _first_picture(sample: Sample) -> Any:
 
     assert sample.pixels is not None
     return Image.fromarray(sample.pixels[:, 0].permute(1, 2, 0).cpu().numpy())
+
+
+def _with_dropped_frames(kind: Any) -> Any:
+    """The pipeline of the first image-to-video model, which drops the first four frames that it makes: its call makes
+    four more than it is asked for."""
+
+    class WithDroppedFrames(kind):  # type: ignore[misc]
+        @functools.wraps(kind.__call__)
+        def __call__(self, *arguments: Any, num_frames: int, **others: Any) -> Any:
+            return super().__call__(*arguments, num_frames=num_frames + DROPPED_FRAMES, **others)
+
+    return WithDroppedFrames
