@@ -223,6 +223,22 @@ def test_encodings_of_caption_and_clip_have_a_twin_with_the_empty_caption(media:
             torch.testing.assert_close(a - empty, b - t.sum(), rtol=1e-4, atol=1e-5)
 
 
+def test_encoders_are_told_the_size_that_a_file_had(media: Path, tmp_path: Path):
+    """Height and width as shown, before the transform; nothing for what reads the caption alone."""
+    told = []
+
+    class Asking(SmallEncoder):
+        def encode(self, encoding, parts, samples):
+            told.extend((encoding.name, sample.caption, sample.size) for sample in samples)
+            return super().encode(encoding, parts, samples)
+
+    open_set(media, tmp_path, Asking())
+    assert {size for name, _, size in told if name == "text"} == {None}
+    assert (
+        sorted(size for name, _, size in told if name == "latents") == [(32, 48)] * 3 + [(40, 40)] * 2 + [(48, 48)] * 3
+    )
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_take_slices_of_the_batch_of_one_process(media: Path, tmp_path: Path, size: int):
     data = open_set(media, tmp_path, training__batch_size=3, training__caption_dropout=0.3)

@@ -280,6 +280,24 @@ def outputs(family: Any, networks: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+def test_the_network_is_told_sizes_and_crops(base: Path) -> None:
+    """By hand: a picture scaled to cover 64 x 96 and cropped at its centre, in (height, width)."""
+    from kinema.data.batch import Sample
+
+    family = family_at(path=str(base))
+    autoencoder = family.load("autoencoder", "cpu", torch.float32)
+    pixels = torch.zeros(3, 1, 64, 96, dtype=torch.uint8)
+    expected = {
+        None: [64, 96, 0, 0, 64, 96],
+        (128, 192): [128, 192, 0, 0, 64, 96],
+        (100, 300): [100, 300, 0, 48, 64, 96],  # becomes 64 x 192
+        (400, 48): [400, 48, 368, 0, 64, 96],  # becomes 800 x 96
+    }
+    samples = [Sample("", pixels, size=size) for size in expected]
+    rows = family.encode(family.encodings()[-1], {"autoencoder": autoencoder}, samples)
+    assert [row["sizes"].tolist() for row in rows] == list(expected.values())
+
+
 # -- text encoders that train ----------------------------------------------------------------------------------------
 
 

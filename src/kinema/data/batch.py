@@ -44,11 +44,16 @@ class Encoding:
 @dataclass(frozen=True)
 class Sample:
     """What an encoder gets: pixels uint8 [C, T, H, W] (None for encodings that read the caption alone), and the
-    record's control pictures, each uint8 [C, 1, h, w] (empty for encodings that do not read them)."""
+    record's control pictures, each uint8 [C, 1, h, w] (empty for encodings that do not read them).
+
+    ``size``: height and width of the file as shown, before it was scaled to cover the bucket and cropped at the centre;
+    None: it had the size of its pixels.
+    """
 
     caption: str
     pixels: torch.Tensor | None = None
     controls: tuple[torch.Tensor, ...] = ()
+    size: tuple[int, int] | None = None
 
 
 @dataclass

@@ -302,7 +302,9 @@ class Filler:
                 pixels, controls = decoded
                 for entry in entries:
                     own = pixels if entry.encoding.reads_pixels else None
-                    sample = Sample(entry.caption, own, controls if entry.encoding.controls else ())
+                    info = None if own is None or entry.item is None else entry.item.info
+                    size = None if info is None else (info.height, info.width)
+                    sample = Sample(entry.caption, own, controls if entry.encoding.controls else (), size)
                     (tensors,) = self.encoder.encode(entry.encoding, parts, [sample])
                     forecast.add(entry, self.cache.put(entry.key, tensors))
                     if forecast.due():

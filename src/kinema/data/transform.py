@@ -43,6 +43,15 @@ def cover_box(width: int, height: int, aspect: float) -> tuple[float, float, flo
     return max(left, 0.0), max(top, 0.0), min(left + box_w, float(width)), min(top + box_h, float(height))
 
 
+def crop_offset(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """How many pixels, at the bucket's scale, are cut off above and to the left of a picture of ``size`` as shown that
+    is scaled to cover ``bucket`` and cropped at the centre; all are (height, width)."""
+    (height, width), (target_height, target_width) = size, bucket
+    left, top, _, _ = cover_box(width, height, target_width / target_height)
+    scale = max(target_height / height, target_width / width)
+    return round(top * scale), round(left * scale)
+
+
 def fit(image: Image.Image, transform: Transform, turn: Any = None, pixel_aspect: float = 1.0) -> np.ndarray:
     """Scale an RGB picture to cover the bucket and crop its centre.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
+from kinema.data.transform import crop_offset
 from kinema.errors import ConfigError
 from kinema.families.base import Native, NoisePath, Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.discrete import StepSchedule
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 LENGTH = 77
 """Tokens of either CLIP, with both ends."""
-PIXELS_A_LATENT = 8
 TEXT_WIDTH = 2048
 """Channels of both CLIPs together: what tells the network from those of other Stable Diffusions."""
 
@@ -130,7 +130,8 @@ class SDXL(StandardFamily):
 
         with torch.no_grad():
             if encoding.name == "latents":
-                return self.encode_latents(parts["autoencoder"], samples)
+                latents = self.encode_latents(parts["autoencoder"], samples)
+                return [{**row, "sizes": _sizes(sample)} for row, sample in zip(latents, samples, strict=True)]
             encoder, tokenizer = (parts[part] for part in encoding.parts)
             return [self._encode_text(encoding.name, encoder, tokenizer, sample.caption) for sample in samples]
 
@@ -159,11 +160,8 @@ class SDXL(StandardFamily):
             hidden.append(states)
             pooled = pool if pool is not None else pooled
         states = torch.cat([one.to(hidden[-1].dtype) for one in hidden], dim=-1)
-        size = [side * PIXELS_A_LATENT for side in latents.shape[-2:]]
-        sizes = latents.new_tensor([*size, 0, 0, *size], dtype=torch.float32).expand(len(latents), -1)
-        return Prepared(
-            latents, {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
-        )
+        added = {"text_embeds": pooled, "time_ids": torch.stack(batch.tensors["sizes"])}
+        return Prepared(latents, {"encoder_hidden_states": states, "added_cond_kwargs": added})
 
     @cached_property
     def _tokenizers(self) -> dict[str, Any]:
@@ -273,6 +271,17 @@ def _is_sdxl(found: Found) -> bool:
 def _levels(network: nn.Module) -> list[str]:
     down, up = (len(getattr(network, name)) for name in ("down_blocks", "up_blocks"))
     return [*(f"down_blocks.{i}" for i in range(down)), "mid_block", *(f"up_blocks.{i}" for i in range(up))]
+
+
+def _sizes(sample: Sample) -> Tensor:
+    """The six numbers that the network is told, float32: height and width of the file before it was scaled, how much
+    was cropped above and to the left, height and width of the result (section 2.2 of the paper)."""
+    import torch
+
+    assert sample.pixels is not None
+    height, width = sample.pixels.shape[-2:]
+    size = sample.size or (height, width)
+    return torch.tensor([*size, *crop_offset(size, (height, width)), height, width], dtype=torch.float32)
 
 
 def _read(encoder: Any, tokenizer: Any, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
