@@ -199,7 +199,8 @@ frames = {toml_value(frames)}  # clip lengths: {lengths if is_video else "pictur
 def _controls(variant: Variant) -> str:
     if "controls" not in variant.conditions:
         return ""
-    return 'controls = ["controls"]  # what is edited: a picture of the same name for every one of path\n'
+    line = 'controls = ["controls"]  # what is edited: a picture of the same name for every one of path\n'
+    return line if variant.pictures[0] else f"# {line}"
 
 
 def _adapter(card: int) -> str:
