@@ -265,6 +265,35 @@ def models(
     console.print(terminal_table(entries))
 
 
+@app.command()
+def download(
+    family: Annotated[str, typer.Argument(help="Kind of model; `kinema models` lists them.")],
+    variant: Annotated[str | None, typer.Option(help="Which model of the family; default: the smallest.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the files go; default: models/FAMILY-VARIANT.")
+    ] = None,
+    source: Annotated[Literal["huggingface", "modelscope"], typer.Option("--from", help="Hub.")] = "huggingface",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; default: the one that kinema knows, or the newest.")
+    ] = None,
+    parts: Annotated[
+        list[str] | None, typer.Option(metavar="PART,...", help="Such as network,autoencoder; default: all.")
+    ] = None,
+    repo: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Another repository than the variant's own.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the sizes and fetch nothing.")] = False,
+) -> None:
+    """Fetch the parts of a model.
+
+    Says the sizes first. Started again, it goes on where it stopped. Tokens come from the environment: HF_TOKEN,
+    MODELSCOPE_API_TOKEN.
+    """
+    from kinema.families.download import download as run_download
+
+    run_download(family, variant, to, source, revision, parts or [], repo, dry_run, typer.echo)
+
+
 LayoutOption = Annotated[
     Literal["diffusers", "comfyui", "kohya", "peft"], typer.Option("--to", help="Layout; docs/adapters.md says more.")
 ]

@@ -168,11 +168,11 @@ def terminal_table(entries: list[Entry]) -> RenderableType:
     from rich.text import Text
 
     common = common_words(entries)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name, align in (("family", "left"), ("variant", "left"), ("makes", "left"), ("network", "right")):
         table.add_column(name, justify=align, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("on disk", justify="right", no_wrap=True)
-    table.add_column("consent", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column("supports also", no_wrap=True)
     before = None
     for one in entries:
@@ -184,13 +184,13 @@ def terminal_table(entries: list[Entry]) -> RenderableType:
         disk = "unknown" if unknown else gigabytes(one.parameters() * BYTES["bf16"])
         own = ", ".join(word for word in one.supports if word not in common)
         family = Text(one.family, style="bold") if one.family != before else ""
-        gated = "asked" if one.variant.gated else ""
+        gated = "*" if one.variant.gated else ""
         table.add_row(family, one.variant.name, one.variant.modality, size, disk, gated, own)
         before = one.family
     notes = Text(
         f"All support: {', '.join(common)}.\n"
         "On disk: all parts in bf16; files in fp32 take twice that.\n"
-        "Consent: the hub asks you to accept its terms first.\n"
+        "* The hub asks you to accept its terms first.\n"
         "Get one: kinema download FAMILY --variant VARIANT; with --dry-run it says the sizes only.\n"
         "All facts: kinema models --json."
     )

@@ -49,6 +49,8 @@ class StandardFamily(Family):
     """The original layout of the network."""
     high_precision: ClassVar[tuple[str, ...]] = ()
     """Words in the names of layers inside the blocks that float8 storage leaves alone."""
+    configs: ClassVar[Path | None] = None
+    """Where its published configurations lie, ``<variant>/<folder>/...``; None: with kinema, under its name."""
     encoding_version: ClassVar[str]
     """Part of every fingerprint: change it when the same weights are made to encode something else."""
 
@@ -129,9 +131,14 @@ class StandardFamily(Family):
 
     def _shipped(self, variant: str, spec: PartSpec) -> Path | None:
         """The configuration that ships with kinema: the variant's own, the family's, or a common one."""
-        places = [CONFIGS / self.name / variant / spec.folder, CONFIGS / self.name / spec.folder]
+        own = self.configs or CONFIGS / self.name
+        places = [own / variant / spec.folder, own / spec.folder]
         places += [CONFIGS / "common" / spec.shipped] if spec.shipped else []
         return next((place / spec.config_file for place in places if (place / spec.config_file).is_file()), None)
+
+    def ships(self, part: str) -> bool:
+        """Whether the part's published configuration is at hand without its files."""
+        return self._shipped(self.variant.name, self.spec(part)) is not None
 
     def source(self, part: str) -> Source:
         """Where a part lies and its configuration; UserError if there is neither a file nor a shipped one."""
