@@ -133,8 +133,8 @@ def test_other_native_predictions():
 
 
 def test_weights_agree_in_x0():
-    """min-SNR weighs the same error in x_0 alike, whatever the network predicts."""
-    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    """min-SNR weighs the same error in x_0 alike, whatever the network predicts; debiased estimation one in eps."""
+    t = torch.linspace(0.02, 0.95, 19, dtype=torch.float64)
     snr = ((1 - t) / t) ** 2
     n = (t**2 + (1 - t) ** 2).sqrt()
     # |error of the prediction|^2 for a unit error in x_0 at a fixed x_t
@@ -142,10 +142,32 @@ def test_weights_agree_in_x0():
     for native, unit in squared.items():
         torch.testing.assert_close(loss_weight("min_snr", t, native, 5.0) * unit, snr.clamp(max=5.0))
         assert torch.equal(loss_weight("none", t, native, 5.0), torch.ones_like(t))
-        torch.testing.assert_close(loss_weight("debiased", t, native, 5.0), snr.clamp(max=1000) ** -0.5)
+        if native != "vp_velocity":  # the same error in eps alike, at most a thousand times its square root
+            torch.testing.assert_close(
+                loss_weight("debiased", t, native, 5.0) * unit / snr, snr.clamp(max=1000) ** -0.5
+            )
     sigma = t / (1 - t)
     edm = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
     torch.testing.assert_close(loss_weight("edm", t, "x0", 5.0), edm)
+
+
+def test_weights_of_steps_of_stable_diffusion():
+    """The formulas of Kohya's tools in terms of SNR = alphas_cumprod / (1 - alphas_cumprod), for noise and velocity;
+    the step without signal of a rescaled schedule has no infinite weight."""
+    products = torch.tensor([0.9991, 0.7, 0.05, 0.0047], dtype=torch.float64)
+    snr = products / (1 - products)
+    t = (1 - products).sqrt() / ((1 - products).sqrt() + products.sqrt())
+    limited = snr.clamp(max=1000)
+    for kind, native, expected in (
+        ("min_snr", "eps", snr.clamp(max=5) / snr),
+        ("min_snr", "vp_velocity", snr.clamp(max=5) / (snr + 1)),
+        ("debiased", "eps", limited**-0.5),
+        ("debiased", "vp_velocity", 1 / (limited + 1)),
+    ):
+        torch.testing.assert_close(loss_weight(kind, t, native, 5.0), expected, rtol=1e-9, atol=0)
+    end = torch.ones(1, dtype=torch.float64)
+    assert loss_weight("min_snr", end, "vp_velocity", 5.0).item() == pytest.approx(0.0, abs=2e-8)
+    assert loss_weight("debiased", end, "vp_velocity", 5.0).item() == pytest.approx(1.0, abs=2e-8)
 
 
 def test_an_expert_takes_the_whole_step():

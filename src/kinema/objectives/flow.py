@@ -48,18 +48,22 @@ def loss_weight(kind: str, t: Tensor, native: Native, gamma: float) -> Tensor:
     - "min_snr" (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma) / SNR for eps, / (SNR + 1) for the
       variance-preserving velocity, and min(SNR, gamma) itself for x_0; all three weigh the same error in x_0 alike.
       A flow velocity is (x_t - x_0) / t, so there it is min(SNR, gamma) t^2.
-    - "debiased" (Yu et al. 2023, arXiv 2310.08442): 1 / sqrt(SNR) with SNR at most 1000.
+    - "debiased" (Yu et al. 2023, arXiv 2310.08442): 1 / sqrt(SNR) for eps, with SNR at most 1000. For the
+      variance-preserving velocity 1 / (SNR + 1), as Kohya's tools have it, which weighs steps without signal too; for
+      the others what weighs the same error in eps alike, which for a flow velocity is t (1 - t).
     - "edm" (Karras et al. 2022, arXiv 2206.00364, table 1): 1 / c_out^2 = (sigma^2 + sd^2) / (sigma sd)^2 with
       sd = 0.5, for networks that predict x_0.
     """
     t = t.double().clamp(1e-4, 1 - 1e-4)
     snr = ((1 - t) / t).square()
+    in_x0 = {"x0": 1.0, "eps": 1 / snr, "vp_velocity": 1 / (snr + 1)}.get(native, t.square())
     if kind == "min_snr":
-        of_x0 = snr.clamp(max=gamma)
-        in_x0 = {"x0": 1.0, "eps": 1 / snr, "vp_velocity": 1 / (snr + 1)}.get(native, t.square())
-        return of_x0 * in_x0
+        return snr.clamp(max=gamma) * in_x0
     if kind == "debiased":
-        return snr.clamp(max=1000).rsqrt()
+        limited = snr.clamp(max=1000)
+        if native == "vp_velocity":
+            return 1 / (limited + 1)
+        return limited.rsqrt() * (snr * in_x0)
     if kind == "edm":
         variance = SIGMA_DATA**2
         return (1 / snr + variance) * snr / variance
