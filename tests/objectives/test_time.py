@@ -50,3 +50,17 @@ def test_a_range_conditions_a_native_law(shift):
     inside = many[(many >= 0.3) & (many <= 0.9)]
     for q in (0.1, 0.5, 0.9):
         assert part.quantile(torch.tensor(q), 1).item() == pytest.approx(inside.quantile(q).item(), abs=2e-5)
+
+
+def test_a_law_of_discrete_steps_draws_the_ends_of_a_range_as_often_as_the_rest():
+    """Ten steps, of which the range keeps six, the first and the last included."""
+    steps = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+
+    def native(u):
+        return steps[(u * 10).floor().clamp(max=9).long()]
+
+    for low, high in ((2, 7), (0, 9), (4, 4), (0, 0), (9, 9)):
+        law = TimeLaw("native", t_min=float(steps[low]), t_max=float(steps[high]), native=native)
+        count = high - low + 1
+        u = (torch.arange(count * 50, dtype=torch.float64) + 0.5) / (count * 50)
+        assert torch.equal(law.quantile(u, 1), steps[low : high + 1].repeat_interleave(50))

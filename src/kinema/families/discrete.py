@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,17 @@ class StepSchedule:
             signal = [(a - end) * start / (start - end) for a in signal]
         return cls(tuple(signal))
 
-    @property
+    @cached_property
     def times(self) -> list[float]:
         """t_k, rising."""
         noise = (math.sqrt(1 - a * a) for a in self.signal)
         return [s / (a + s) for a, s in zip(self.signal, noise, strict=True)]
+
+    @cached_property
+    def _times(self) -> Tensor:
+        import torch
+
+        return torch.tensor(self.times, dtype=torch.float64)
 
     def time_of(self, u: Tensor) -> Tensor:
         """Quantile function of the t of a step drawn uniformly from all: t_k with k = floor(K u), in float64."""
@@ -65,17 +72,15 @@ class StepSchedule:
 
     def time_at(self, step: Tensor) -> Tensor:
         """t of whole steps (any shape), in float64."""
-        import torch
-
-        return torch.tensor(self.times, dtype=torch.float64, device=step.device)[step.long()]
+        return self._times.to(step.device)[step.long()]
 
     def step_at(self, t: Tensor) -> Tensor:
         """The step of a time (any shape), in float64; between two steps interpolated linearly in the noise level, as
         samplers do; beyond the ends the first or the last."""
         import torch
 
-        sigma = torch.tensor([time / max(1 - time, 1e-12) for time in self.times], dtype=torch.float64, device=t.device)
-        sigma = sigma.clamp(max=TERMINAL_SIGMA)
+        times = self._times.to(t.device)
+        sigma = (times / (1 - times).clamp(min=1e-12)).clamp(max=TERMINAL_SIGMA)
         t = t.double()
         level = (t / (1 - t).clamp(min=1e-12)).clamp(float(sigma[0]), float(sigma[-1]))
         above = torch.searchsorted(sigma, level.contiguous()).clamp(1, len(sigma) - 1)

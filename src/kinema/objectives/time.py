@@ -53,7 +53,7 @@ class TimeLaw:
     def quantile(self, u: Tensor, tokens: int) -> Tensor:
         """Q(u) for u in [0, 1], float64: the inverse of the law's distribution function."""
         shift = self.shift_for(tokens)
-        low, high = (self._cumulative(bound, shift) for bound in (self.t_min, self.t_max))
+        low, high = self._cumulative(self.t_min, shift), self._cumulative(self.t_max, shift, inclusive=True)
         u = low + (high - low) * u.double()
         return shifted(self._unshifted(u), shift).clamp(self.t_min, self.t_max)
 
@@ -64,7 +64,8 @@ class TimeLaw:
             return self.native(u)
         return torch.special.expit(self.scale * torch.special.ndtri(u)) if self.distribution == "logit_normal" else u
 
-    def _cumulative(self, t: float, shift: float) -> float:
+    def _cumulative(self, t: float, shift: float, inclusive: bool = False) -> float:
+        """The probability of times below t; ``inclusive``: of t itself too, which a law of discrete steps draws."""
         if t in (0.0, 1.0):
             return t
         t = t / (shift + (1 - shift) * t)  # the inverse shift
@@ -72,15 +73,19 @@ class TimeLaw:
             return t
         if self.distribution == "logit_normal":
             return 0.5 * math.erfc(-math.log(t / (1 - t)) / (self.scale * math.sqrt(2)))
-        return self._bisected(t)
+        return self._bisected(t, inclusive)
 
-    def _bisected(self, t: float) -> float:
-        """The u at which the family's quantile function passes t."""
+    def _bisected(self, t: float, inclusive: bool) -> float:
+        """The u at which the family's quantile function reaches t, or ``inclusive``, passes it."""
         import torch
 
+        first, last = self.native(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        if t >= last if inclusive else t <= first:  # most often the range is the whole one
+            return float(inclusive)
         low, high = 0.0, 1.0
         for _ in range(52):
             middle = (low + high) / 2
-            below = float(self.native(torch.tensor(middle, dtype=torch.float64))) < t
+            time = float(self.native(torch.tensor(middle, dtype=torch.float64)))
+            below = time <= t if inclusive else time < t
             low, high = (middle, high) if below else (low, middle)
         return high
