@@ -191,10 +191,11 @@ class HunyuanVideo(StandardFamily):
         """With a picture the pipeline takes one prompt."""
         return not self.from_image
 
-    @property
-    def pipeline_class(self) -> Any:
-        kind = super().pipeline_class
-        return _with_dropped_frames(kind) if self.variant.name == "i2v-33ch" else kind
+    def pipeline(self, parts: Parts) -> Any:
+        kind = self.pipeline_class
+        if self.variant.name == "i2v-33ch":
+            kind = _with_dropped_frames(kind)
+        return kind(**self.pipeline_modules(parts))
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:

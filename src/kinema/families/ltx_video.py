@@ -196,10 +196,11 @@ class LTXVideo(StandardFamily):
         """With a picture the pipelines take one prompt."""
         return not self.from_image
 
-    @property
-    def pipeline_class(self) -> Any:
-        kind = super().pipeline_class
-        return _one_generator(kind) if self.variant.pipeline == "LTXImageToVideoPipeline" else kind
+    def pipeline(self, parts: Parts) -> Any:
+        kind = self.pipeline_class
+        if self.variant.pipeline == "LTXImageToVideoPipeline":
+            kind = _one_generator(kind)
+        return kind(**self.pipeline_modules(parts))
 
     def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
         """From 0.9.1 on the autoencoder takes the last steps of denoising; how is its authors' advice."""
