@@ -115,6 +115,44 @@ def test_the_pipeline_has_both_experts_and_their_boundary(a14b: Path) -> None:
     assert any((parts["network"].state_dict()[n] != parts["network_2"].state_dict()[n]).any() for n in names)
 
 
+def test_adapters_of_both_experts_are_read_together(a14b: Path, tmp_path: Path) -> None:
+    """As they are exported: one file an expert, told apart by its ending and its header."""
+    from kinema.adapters.files import fold_file
+    from kinema.adapters.inject import adapter_parameters, add_adapter
+    from kinema.parallel.mesh import World
+    from kinema.training.export import export_weights
+
+    config = config_of(
+        a14b,
+        run={"dir": str(tmp_path / "run")},
+        adapter={"rank": 2, "targets": ["attn1.to_q"]},
+        export={"dtype": "fp32", "layouts": ["comfyui"]},
+    )
+    assert config.adapter is not None
+    family = open_family(config.model)
+    plain, adapted = ({part: family.load(part, "cpu", None) for part in family.trained_parts()} for _ in range(2))
+    draw = torch.Generator().manual_seed(0)
+    for network in adapted.values():
+        add_adapter(network, config.adapter, family.adapter_targets(), 0)
+        for parameter in adapter_parameters(network).values():
+            parameter.data = torch.randn(parameter.shape, generator=draw)
+    world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+    folder = export_weights(tmp_path / "exports", 1, family, adapted, config, world) / "comfyui"
+    assert sorted(re.sub(r".*-", "", file.stem) for file in folder.iterdir()) == ["high", "low"]
+    fold_file(folder, family, plain)
+    inputs = torch.randn(1, 16, 2, 4, 4, generator=draw)
+    text = {"encoder_hidden_states": torch.randn(1, 512, 32, generator=draw)}
+    outputs = []
+    for part, network in plain.items():
+        with torch.no_grad():
+            ours, expected = (
+                family.predict(one, inputs, torch.tensor([0.5]), text) for one in (network, adapted[part])
+            )
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+        outputs.append(ours)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
 # -- the 5B model ----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,3 @@ def choose(
     # The two have the same shapes: official names tell, and so does the time shift of a diffusers directory.
     shift = read_json(scheduler.config).get("flow_shift") if scheduler and scheduler.config else None
     return "i2v-14b-720p" if "720p" in named or (shift or 0) >= 5 else "i2v-14b-480p"
-
-
-__all__: Sequence[str] = ("Traits", "choose", "read_traits")
