@@ -214,6 +214,7 @@ def config_of(family: str, variant: str, **tables: Any) -> Config:
     ("variant", "tables", "message"),
     [
         ("text2world-7b", {"buckets": {"frames": [129]}}, r"data\.buckets\.frames: .* up to 121 frames.*not 129"),
+        ("text2world-7b", {"preview": {"frames": 129}}, r"preview\.frames: .* up to 121 frames.*not 129"),
         ("text2world-7b", {"buckets": {"frames": [13]}}, r"data\.buckets\.frames: 13 frames .* nearest are 9 and 17"),
         (
             "text2world-7b",

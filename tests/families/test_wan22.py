@@ -106,6 +106,7 @@ def test_release_in_the_original_layout(a14b: Path, tmp_path: Path) -> None:
 
 
 def test_the_pipeline_has_both_experts_and_their_boundary(a14b: Path) -> None:
+    assert open_family(ModelConfig(family="wan", path=str(a14b))).variant.name == "t2v-a14b"
     family = family_of("t2v-a14b", path=str(a14b))
     parts = {part: family.load(part, "cpu", None) for part in ("network", "network_2", "autoencoder")}
     pipeline = family.pipeline(parts)

@@ -118,11 +118,13 @@ class Cosmos1(CosmosFamily):
     def validate(self, config: Config) -> None:
         super().validate(config)
         longest = self.frame_stride * (LATENT_FRAMES - 1) + 1
-        if max(config.data.buckets.frames) > longest:
-            raise ConfigError(
-                f"data.buckets.frames: {self.variant.name} takes clips of up to {longest} frames, as long as the "
-                f"statistics of its latents are known, not {max(config.data.buckets.frames)}."
-            )
+        lengths = {"data.buckets.frames": max(config.data.buckets.frames), "preview.frames": config.preview.frames or 1}
+        for key, frames in lengths.items():
+            if frames > longest:
+                raise ConfigError(
+                    f"{key}: {self.variant.name} takes clips of up to {longest} frames, as long as the statistics of "
+                    f"its latents are known, not {frames}."
+                )
 
     # -- latents ---------------------------------------------------------------------------------------------------
 

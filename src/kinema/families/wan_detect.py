@@ -60,9 +60,9 @@ def choose(
         return "ti2v-5b-i2v" if "ImageToVideo" in pipeline else "ti2v-5b"
     experts = experts or any(word in named for word in ("high_noise", "low_noise"))
     if traits.channels == 16:
-        if traits.width < 5120:
-            return "t2v-1.3b"
-        return "t2v-a14b" if experts else "t2v-14b"
+        if experts:
+            return "t2v-a14b"
+        return "t2v-14b" if traits.width >= 5120 else "t2v-1.3b"
     if traits.channels != 36:
         return None
     if traits.both_ends:
