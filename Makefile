@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all test-gpu lint format docs bench clean
+.PHONY: help setup quickstart test test-all test-gpu lint format docs proofs bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */|/' | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -40,6 +40,11 @@ format: setup  ## mend the style
 
 docs: setup  ## write the pages that are made from the code
 	$(BIN)/python -m kinema.config.reference docs/configuration.md
+	$(BIN)/python -m kinema.families.sizes
+	$(BIN)/python -m kinema.families.pages docs
+
+proofs: setup  ## run the checks of every family and write their table into docs/families.md
+	$(PYTEST) tests/families/test_zoo.py --families-table docs/families.md
 
 bench: setup  ## measure what the README claims
 	@set -e; for script in bench/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script; done

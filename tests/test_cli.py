@@ -60,7 +60,18 @@ def config(tmp_path: Path) -> Path:
 def test_help_lists_the_commands_and_is_quick(tmp_path: Path) -> None:
     shown = kinema("--help")
     assert shown.returncode == 0
-    for command in ("train", "cache", "sample", "init", "schema", "models", "report", "quickstart", "version"):
+    for command in (
+        "train",
+        "cache",
+        "sample",
+        "init",
+        "schema",
+        "models",
+        "download",
+        "report",
+        "quickstart",
+        "version",
+    ):
         assert f"\n  {command} " in shown.stdout
     assert cpu_seconds([sys.executable, "-m", "kinema", "--help"], tmp_path) < 0.5
 
@@ -182,21 +193,21 @@ def test_sample_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SystemExit):
         cli.main()
     given = {"prompts": ["a", "b c"], "model": "m", "adapter": [Path("x"), Path("y")]}
-    given |= {"ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1}
+    given |= {"images": [], "ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1}
     assert calls == [{**dict.fromkeys(taken), **given}]
 
 
 def test_init_writes_a_file_that_loads_and_overwrites_none(tmp_path: Path) -> None:
     row = json.loads(kinema("models", "--json").stdout)[0]
-    written = kinema("init", row["family"], "--variant", row["variant"], "--card", "16", "-o", "a.toml", cwd=tmp_path)
+    written = kinema("init", row["name"], "--variant", row["variant"], "--card", "16", "-o", "a.toml", cwd=tmp_path)
     assert (written.returncode, written.stderr) == (0, "")
     text = (tmp_path / "a.toml").read_text()
     assert load_config(tmp_path / "a.toml").model.path == row["hub"]
-    again = kinema("init", row["family"], "-o", "a.toml", cwd=tmp_path)
+    again = kinema("init", row["name"], "-o", "a.toml", cwd=tmp_path)
     assert again.returncode == 2
     assert "'a.toml' is there already" in again.stderr
     assert (tmp_path / "a.toml").read_text() == text
-    full = kinema("init", row["family"], "--variant", row["variant"], "--full").stdout
+    full = kinema("init", row["name"], "--variant", row["variant"], "--full").stdout
     assert "[adapter]" not in full
 
 
@@ -206,7 +217,7 @@ def test_schema_models_and_version_print() -> None:
     table = kinema("models", COLUMNS="200").stdout
     for row in rows:
         assert row["parameters"] > 0
-        assert row["variant"] in table and row["hub"] in table
+        assert row["name"] in table and row["variant"] in table
     lines = kinema("version").stdout.splitlines()
     assert lines[0] == f"kinema {cli_version()}"
     assert f"torch {importlib.metadata.version('torch')}" in lines

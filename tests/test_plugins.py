@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,65 +20,9 @@ from kinema.families.registry import family_class
 from kinema.families.wan import Wan
 from kinema.plugins import OBJECTIVES, OPTIMIZERS, Catalog
 
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "kinema-extra"
-version = "1.0"
-[tool.setuptools]
-py-modules = ["kinema_extra"]
-[project.entry-points."kinema.families"]
-wandering = "kinema_extra:Wandering"
-[project.entry-points."kinema.optimizers"]
-signs = "kinema_extra:signs"
-[project.entry-points."kinema.objectives"]
-halved = "kinema_extra:halved"
-"""
-MODULE = '''
-from dataclasses import dataclass, replace
-from kinema.families.wan import Wan
-
-
-class Wandering(Wan):
-    """Wan under another name."""
-
-    name = "wandering"
-    encoding_version = "wandering-1"
-
-
-def signs(parameters, block_matrices, config):
-    import torch
-
-    class Signs(torch.optim.Optimizer):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.data.add_(p.grad.sign(), alpha=-group["lr"] * group["strength"])
-
-    assert all(name.startswith("network.") for name in parameters)
-    lr = {"lr": config.lr, "peak_lr": config.lr, "strength": config.options["strength"]}
-    return [Signs([{"params": list(parameters.values()), **lr}], {})]
-
-
-@dataclass(frozen=True)
-class Halved:
-    inner: object
-    factor: float
-    roles = ("student",)
-
-    def __call__(self, batch, networks, draws):
-        loss = self.inner(batch, networks, draws)
-        return replace(loss, total=loss.total * self.factor, metrics={"factor": loss.total.new_tensor(self.factor)})
-
-
-def halved(config, family):
-    from kinema.objectives.flow import flow_matching
-
-    return Halved(flow_matching(config, family), config.options["factor"])
-'''
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PROJECT, EXAMPLE = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+(MODULE,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -106,8 +53,6 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_of_each_trains(site: Path, tmp_path: Path) -> None:
-    import json
-
     import numpy as np
     from PIL import Image
 
@@ -116,16 +61,15 @@ def test_one_of_each_trains(site: Path, tmp_path: Path) -> None:
         Image.fromarray(np.full((32, 48, 3), level, np.uint8)).save(tmp_path / "data" / f"{name}.png")
         (tmp_path / "data" / f"{name}.txt").write_text(name)
     base = Wan.tiny(tmp_path / "tiny", "t2v-1.3b", seed=1)
-    config = {
+    config = tomllib.loads(EXAMPLE) | {
         "run": {"dir": str(tmp_path / "run"), "threads": 1},
-        "model": {"family": "wandering", "variant": "t2v-1.3b", "path": str(base)},
         "data": {"sources": [{"path": str(tmp_path / "data")}], "buckets": {"sizes": [[32, 48]], "frames": [1]}},
         "training": {"steps": 2, "batch_size": 2, "precision": "fp32"},
+        "evaluation": {"sets": [{"name": "same", "sources": [{"path": str(tmp_path / "data")}]}], "every_steps": 2},
         "adapter": {"rank": 2},
-        "optimizer": {"type": "signs", "options": {"strength": 0.5}, "lr": 1e-3},
-        "objective": {"type": "halved", "options": {"factor": 0.25}},
         "monitoring": {"every_steps": 1},
     }
+    config["model"]["path"] = str(base)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "train.py").write_text(textwrap.dedent(TRAIN))
     done = run(site, str(tmp_path / "train.py"), str(tmp_path / "config.json"))
@@ -142,7 +86,23 @@ def test_one_of_each_trains(site: Path, tmp_path: Path) -> None:
 
 def test_it_is_listed(site: Path) -> None:
     done = run(site, "-m", "kinema", "models", "--json")
-    assert done.returncode == 0 and '"wandering"' in done.stdout
+    assert done.returncode == 0, done.stderr
+    (row,) = [row for row in json.loads(done.stdout) if row["name"] == "wandering"]
+    assert row["variant"] == "t2v-1.3b" and row["hub"] == "someone/wandering" and "dora" in row["supports"]
+    assert row["parameters"] == 1_418_996_800
+    counts = {part["part"]: part["parameters"] for part in row["parts"]}  # nobody has counted but the network
+    assert counts["network"] == 1_418_996_800 and counts["text_encoder"] is None and counts["tokenizer"] == 0
+    assert "unknown" in run(site, "-m", "kinema", "models").stdout
+
+
+def test_its_configurations_are_found(site: Path) -> None:
+    code = """
+    from kinema.config.schema import ModelConfig
+    from kinema.families.registry import open_family
+    family = open_family(ModelConfig(family="wandering", variant="t2v-1.3b"))
+    print(sum(parameter.numel() for parameter in family.empty("network").parameters()), family.default_shift())
+    """
+    assert run(site, "-c", textwrap.dedent(code)).stdout.split() == ["1418996800", "5.0"]
 
 
 @pytest.mark.parametrize(
