@@ -177,9 +177,9 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="Variant of --model; needed for a single file.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")] = None,
     negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to lead away from.")] = None,
-    image: Annotated[
+    images: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="First frame of a video, or a picture to edit; may be repeated."),
+        typer.Option("--image", metavar="FILE", help="First frame of a video, or a picture to edit; may be repeated."),
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
@@ -187,6 +187,9 @@ def sample(
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 turns it off.")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance towards the given pictures, of models that have it apart.")
+    ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Time shift of the sampling schedule.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
@@ -206,7 +209,7 @@ def sample(
     """
     options = dict(locals())
     options["adapter"] = adapter or []
-    options["images"] = options.pop("image") or []
+    options["images"] = images or []
     from kinema.sampling.command import sample as run_sampling
 
     run_sampling(**options)

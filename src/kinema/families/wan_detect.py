@@ -59,7 +59,8 @@ def choose(
         pipeline = read_json(index).get("_class_name", "") if index.is_file() else ""
         return "ti2v-5b-i2v" if "ImageToVideo" in pipeline else "ti2v-5b"
     experts = experts or any(word in named for word in ("high_noise", "low_noise"))
-    if traits.channels == 16:
+    own = described.get("in_channels") == described.get("out_channels", 16)  # a network over another autoencoder
+    if traits.channels == 16 or ("in_channels" in described and own):
         if experts:
             return "t2v-a14b"
         return "t2v-14b" if traits.width >= 5120 else "t2v-1.3b"
