@@ -19,7 +19,7 @@ LAYOUT = Layout(
     [("blocks.{}.out", "layers.{}.proj")],
     fused=(Fused("layers.{}.qkv", ("blocks.{}.q", "blocks.{}.k", "blocks.{}.v")),),
     changed=(swapped_halves("norm_out", "final.mod"),),
-)
+)  # what no rule knows has no name in the original layout
 NAMES = Names(LAYOUT)
 
 
@@ -108,6 +108,14 @@ def test_kronecker_products_move_with_their_rows(tmp_path):
 def check(config, layouts, targets=("q", "k", "v", "out", "norm_out")):
     modules = {"network": adaptable_modules(Toy().to("meta"))}
     return check_adapter(config, layouts, modules, {"network": targets}, NAMES)
+
+
+def test_a_layer_without_an_original_name_is_told():
+    network = Toy()
+    network.extra = nn.Linear(12, 12)
+    modules = {"network": adaptable_modules(network)}
+    with pytest.raises(UserError, match=r"export\.layouts: comfyui: extra has no name in the original layout.*exclude"):
+        check_adapter(AdapterConfig(), ["comfyui"], modules, {"network": ("q", "k", "v", "extra")}, NAMES)
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "kohya"])

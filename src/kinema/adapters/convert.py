@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kinema.adapters.files import AdapterFile, locate, read_adapter, split
-from kinema.adapters.model import candidates, check_suffix, empty_modules, open_model, write_checkpoint
+from kinema.adapters.files import AdapterFile, UnknownLayer, locate, read_adapter, split
+from kinema.adapters.model import by_likelihood, candidates, check_suffix, empty_modules, open_model, write_checkpoint
 from kinema.adapters.state import Adapter
 from kinema.adapters.store import new_path
 from kinema.adapters.write import DIFFUSERS_FILE, HEADER, PART, by_file, save_adapter
@@ -122,11 +123,12 @@ def find_adapter(source: Path, family: str | None, variant: str | None, part: st
     UserError if it fits none, or several families and none was named.
     """
     said = _said(source) if family is None else None
-    pairs = [said] if said else list(candidates(family, variant))
+    pairs = [said] if said else list(candidates(family, variant, None if family else _in_order(source, part)))
     fitting: dict[str, tuple[Family, AdapterFile]] = {}
     problems: list[str] = []
+    other: set[str] = set()  # families that have no layers of these names in any size
     for name, one in pairs:
-        if name in fitting:
+        if name in fitting or name in other:
             continue
         found = open_family(ModelConfig(family=name, variant=one))
         try:
@@ -135,12 +137,21 @@ def find_adapter(source: Path, family: str | None, variant: str | None, part: st
             if family is not None and not isinstance(error, UserError):
                 raise
             problems.append(str(error))
+            if isinstance(error, UnknownLayer) and not error.other_size:
+                other.add(name)
     if len(fitting) > 1:
         raise UserError(f"{source} fits several families: {', '.join(fitting)}. Say which with --family.")
     if not fitting:
         hint = "" if family else " Say what it is for with --family and --variant to see what does not fit."
         raise UserError(problems[0] if len(pairs) == 1 else f"{source} fits no model that kinema knows.{hint}")
     return next(iter(fitting.values()))
+
+
+def _in_order(source: Path, part: str) -> list[str]:
+    """All families, those first whose layouts know the names of the adapter's layers."""
+    names = [found[0] for name in tensor_shapes(locate(source)[:1]) if (found := split(name)) is not None]
+    bare = [re.sub(r"^(base_model\.model\.)?(transformer|unet|diffusion_model)\.", "", name) for name in names]
+    return list(by_likelihood(dict.fromkeys(bare), part))
 
 
 def _said(source: Path) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.adapters.factors import fitted, is_whole, rank_and_alpha
-from kinema.adapters.names import Names, flat_names, from_original_layers, layout_of
+from kinema.adapters.names import Names, flat_names, from_original_layers, layout_of, original_name
 from kinema.adapters.state import IA3, LOKR, LORA_A, LORA_B, MAGNITUDE, Adapter
 from kinema.adapters.targets import Modules
 from kinema.adapters.write import DIFFUSERS_FILE, HEADER, PART, PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
@@ -45,6 +45,14 @@ _FLAT = re.compile(r"(lora_\w+|lycoris_\w+)$")
 
 Layer = tuple[str, bool, str]
 """(part, whether the name is the original layout's, layer)."""
+
+
+class UnknownLayer(UserError):
+    """A layer of the file that the network has not. ``other_size``: it has one of the same name in another block."""
+
+    def __init__(self, message: str, other_size: bool) -> None:
+        super().__init__(message)
+        self.other_size = other_size
 
 
 @dataclass(frozen=True)
@@ -137,15 +145,16 @@ class _Reading:
         self.file, self.names, self.modules = file, names, modules
         self.tensors, self.metadata = read_tensors(file)
         self.folders = {f"{names.folder(part)}.": part for part in modules}
-        self.originals = {part: {self._original(part, layer) for layer in layers} for part, layers in modules.items()}
+        self.originals = {part: self._original_layers(part) for part in modules}
         self.flat: dict[str, Layer] = {}
         self.peft = self._peft_configs()
 
-    def _original(self, part: str, layer: str) -> str:
+    def _original_layers(self, part: str) -> set[str]:
         try:
-            return layout_of(self.names, part).original_layer(layer)
+            layout = layout_of(self.names, part)
         except UserError:
-            return layer
+            return set()
+        return {name for layer in self.modules[part] if (name := original_name(layout, layer)) is not None}
 
     def read(self) -> AdapterFile:
         layers: dict[str, dict[str, Tensor]] = {}
@@ -210,8 +219,16 @@ class _Reading:
             if found is None and rest in self.originals[part]:
                 found = (part, True, rest)
         if found is None:
-            raise UserError(self._unknown(raw))
+            raise UnknownLayer(self._unknown(raw), self._has_kind(raw))
         return found
+
+    def _has_kind(self, raw: str) -> bool:
+        """Whether the network has such a layer, numbers of blocks aside."""
+        known = {*self._flat_table(), *(name for names in self.originals.values() for name in names)}
+        known |= {name for layers in self.modules.values() for name in layers}
+        plain = re.sub(r"^(base_model\.model\.)?(transformer(_2)?\.|unet\.|(model\.)?diffusion_model\.)?", "", raw)
+        kinds = {re.sub(r"\d+", "0", name) for name in known}
+        return bool({re.sub(r"\d+", "0", name) for name in (raw, plain)} & kinds)
 
     def _split_part(self, name: str) -> tuple[str, str]:
         """(part, rest) of a name that begins with the part's name in a pipeline, or with nothing."""

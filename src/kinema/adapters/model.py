@@ -4,12 +4,12 @@ block in memory at a time."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinema.adapters.names import layout_of
+from kinema.adapters.names import layout_of, original_name
 from kinema.adapters.store import Writer, groups, new_path
 from kinema.adapters.targets import adaptable_modules
 from kinema.config.layouts import LayoutName, why_not
@@ -19,6 +19,7 @@ from kinema.families.base import Family
 from kinema.families.loading import is_hub_id
 from kinema.families.registry import family_class, family_names, open_family
 from kinema.families.standard import StandardFamily
+from kinema.families.tensors import tensor_shapes, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,45 @@ COMFYUI_PREFIX = "model.diffusion_model."
 """Before the names of a whole network in a single file: the prefix that ComfyUI and diffusers' loader know."""
 
 
-def candidates(family: str | None, variant: str | None) -> Iterator[tuple[str, str]]:
-    """The (family, variant) pairs that agree with what is given; ConfigError for names that there are not."""
-    for name in [family] if family else family_names():
+def candidates(
+    family: str | None, variant: str | None, families: Iterable[str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """The (family, variant) pairs that agree with what is given, in the order of ``families`` (default: all);
+    ConfigError for names that there are not."""
+    for name in [family] if family else families or family_names():
         variants = family_class(name).variants
         if variant is not None and family is not None and variant not in variants:
             raise ConfigError(f"--variant {variant}: {name} has {', '.join(variants)}.")
         for one in variants:
             if variant in (None, one):
                 yield name, one
+
+
+def by_likelihood(names: Iterable[str], part: str) -> dict[str, float]:
+    """Families, and the share of these names (of layers or weights) that the family's layout has a rule for, the
+    largest first: so that the right one is tried early. Layouts without rules for a name may still have it."""
+    sample = list(names)[:200]
+    scores: dict[str, float] = {}
+    for name in family_names():
+        try:
+            family = open_family(ModelConfig(family=name, variant=next(iter(family_class(name).variants))))
+            layout = family.layout(part)
+        except NotImplementedError:
+            scores[name] = 0.0
+            continue
+        known = sum(original_name(layout, one) not in (None, one) or layout.is_original([one]) for one in sample)
+        scores[name] = known / max(len(sample), 1)
+    return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
+
+
+def _names_in(path: Path) -> list[str]:
+    """Names of the weights at a place on this machine, as far as they are easily found."""
+    if path.is_dir():
+        places = (path, path / "transformer", path / "unet")
+        files = next((found for place in places if place.is_dir() and (found := weight_files(place))), [])
+    else:
+        files = [path] if path.is_file() else []
+    return list(tensor_shapes(files)) if files else []
 
 
 def empty_parts(family: Family) -> dict[str, nn.Module]:
@@ -93,7 +124,7 @@ def open_model(path: str, family: str | None, variant: str | None, part: str = "
         raise UserError(f"{path}: there is no such file or directory.")
     whole = not Path(path).exists() or (Path(path) / "model_index.json").is_file()
     problems: list[str] = []
-    for name in [family] if family else family_names():
+    for name in [family] if family else by_likelihood(_names_in(Path(path)), part):
         names = [variant] if variant else [None, *family_class(name).variants]
         for one in names:
             update = {"path": path} if whole else {part: PartConfig(path=path)}

@@ -41,9 +41,23 @@ def layout_of(names: Names, part: str) -> Layout:
         raise UserError(f"{error}, so only the layouts diffusers and peft can hold its adapters.") from None
 
 
+def original_name(layout: Layout, layer: str) -> str | None:
+    """The original name of a layer, of the whole where several of ours are one there; None if it has none."""
+    try:
+        return layout.original_layer(layer)
+    except KeyError:
+        return None
+
+
 def to_original_layers(adapter: Adapter, names: Names) -> Adapter:
     """The adapter by layer of the original layout. UserError for what cannot be written there."""
     layout = layout_of(names, adapter.part)
+    nameless = [layer for layer in adapter.layers if original_name(layout, layer) is None]
+    if nameless:
+        raise UserError(
+            f"{nameless[0]} has no name in the original layout ({len(nameless)} layers have none). Use the layout "
+            "diffusers or peft, or name such layers in adapter.exclude."
+        )
     if adapter.kind in ("lora", "dora"):
         found = lora_adapter(layout.adapter_to_original(adapter.lora()), adapter.part)
     else:
@@ -127,7 +141,8 @@ def flat_names(layers: Collection[str], prefix: str, layout: Layout) -> dict[str
     """
     table: dict[str, tuple[bool, str]] = {}
     for layer in layers:
-        original = layout.original_layer(layer)
+        if (original := original_name(layout, layer)) is None:
+            continue
         table[f"{prefix}_{original.replace('.', '_')}"] = (True, original)
     for start in (prefix, "lycoris", "lora_transformer"):
         for layer in layers:
