@@ -20,10 +20,11 @@ from kinema.errors import ConfigError, UserError
 from kinema.families import omnigen2
 from kinema.families.loading import CONFIGS
 from kinema.families.omnigen2 import OmniGen2
+from kinema.families.registry import open_family
 from kinema.networks import omnigen2_pipeline
 from kinema.networks.omnigen2 import MAX_REFERENCES
 from kinema.sampling.pipeline import SampleSettings, Texts, _text_encoders, picture, sample_many
-from kinema.sampling.request import check_images
+from kinema.sampling.request import check_image_guidance, check_images, defaults_of_run, defaults_of_variant
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_long_captions_are_cut_with_a_warning(
 
 
 def test_samples_equal_the_pipelines_own(family: OmniGen2, parts: dict[str, Any], tmp_path: Path) -> None:
-    """With and without pictures, which get the authors' guidance; texts are encoded apart."""
+    """With and without pictures, which have a guidance of their own; texts are encoded apart."""
     files = []
     for i in range(2):
         files.append(tmp_path / f"{i}.png")
@@ -105,12 +106,16 @@ def test_samples_equal_the_pipelines_own(family: OmniGen2, parts: dict[str, Any]
     pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
     one = SampleSettings("a red ball", 32, 48, 1, steps=2, guidance=5.0, negative="blue", text_length=888)
-    settings = [one, replace(one, images=tuple(files[:1])), replace(one, images=tuple(files), guidance=1.0, seed=3)]
+    settings = [
+        replace(one, image_guidance=2.0),
+        replace(one, images=tuple(files[:1]), image_guidance=1.4),
+        replace(one, images=tuple(files), guidance=1.0, seed=3),
+    ]
     drawn = list(sample_many(family, pipeline, settings))
     for sample, wanted in zip(drawn, settings, strict=True):
         theirs = pipeline(
             wanted.prompt, wanted.negative, [picture(path, 32, 48) for path in wanted.images], 32, 48,
-            num_inference_steps=2, guidance_scale=wanted.guidance, image_guidance_scale=2.0,
+            num_inference_steps=2, guidance_scale=wanted.guidance, image_guidance_scale=wanted.image_guidance or 2.0,
             generator=torch.Generator().manual_seed(wanted.seed), output_type="pt",
         ).images[0]  # fmt: skip
         torch.testing.assert_close(sample[:, 0], theirs * 2 - 1, rtol=0, atol=2e-5)
@@ -179,6 +184,19 @@ def test_control_pictures_are_optional(tiny: Path, family: OmniGen2) -> None:
     check_images(family, [])
     with pytest.raises(UserError, match=r"omnigen2 edits pictures: give up to 5 with --image, or none; 6 given"):
         check_images(family, [Path("x.png")] * 6)
+
+
+def test_guidance_towards_pictures(tiny: Path, family: OmniGen2) -> None:
+    """Its authors' where nothing is asked for; refused by models that have none."""
+    config = config_of(tiny, 1)
+    assert defaults_of_run(config, family).image_guidance == defaults_of_variant(family).image_guidance == 2.0
+    asked = config.model_copy(update={"preview": config.preview.model_copy(update={"image_guidance": 2.7})})
+    assert defaults_of_run(asked, family).image_guidance == 2.7
+    check_image_guidance(family, 2.7)
+    wan = open_family(ModelConfig(family="wan", variant="t2v-1.3b"))
+    check_image_guidance(wan, None)
+    with pytest.raises(UserError, match=r"--image-guidance: t2v-1\.3b has no guidance of its own for pictures"):
+        check_image_guidance(wan, 2.7)
 
 
 def test_text_and_pictures_share_the_positions(tiny: Path) -> None:

@@ -66,6 +66,7 @@ def test_files_index_and_metadata(base: Path, tmp_path: Path) -> None:
     assert read_metadata(paths[1]) == {key: value for key, value in index[1].items() if key != "file"}
     assert read_metadata(paths[1]) == {
         "prompt": prompts[0], "height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 3.0, "seed": 1,
+        "image_guidance": None,
         "negative": "box", "images": [], "shift": None, "text_length": 512, "fps": 16.0, "weights": base.name,
         "dtype": "float32",
     }  # fmt: skip

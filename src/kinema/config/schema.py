@@ -457,6 +457,8 @@ class PreviewConfig(Every):
     """Sampling steps."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale; 1 turns classifier-free guidance off. Default: what the variant's authors sample with."""
+    image_guidance: float | None = Field(default=None, ge=0)
+    """Guidance towards the control pictures, of models that have a scale for it. Default: their authors'."""
     seed: int = Field(default=0, ge=0)
     """Seed of the first preview; the others count up."""
 

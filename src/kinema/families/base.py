@@ -32,6 +32,8 @@ class SamplingDefaults:
     fps: float = 16.0
     steps: int = 50
     guidance: float = 5.0
+    image_guidance: float | None = None
+    """How far guidance goes towards the control pictures; None where the pipeline has no such scale."""
 
 
 Condition = Literal["text", "first_frame", "last_frame", "controls"]

@@ -35,8 +35,6 @@ MOST_PICTURES = 5
 REFERENCE_SIDE = 1024
 """Longest side of reference pictures in pixels: larger ones are encoded smaller."""
 GRID = 16
-IMAGE_GUIDANCE = 2.0
-"""How far its authors' examples go from no reference pictures to those given."""
 WIDTH = 2520
 
 _BLOCKS = ("context_refiner", "noise_refiner", "ref_image_refiner", "layers")
@@ -76,7 +74,7 @@ VARIANTS = {
         3_967_161_400,
         tuple(PARTS),
         "OmniGen2/OmniGen2",
-        SamplingDefaults(height=1024, width=1024, frames=1, steps=50, guidance=5.0),
+        SamplingDefaults(height=1024, width=1024, frames=1, steps=50, guidance=5.0, image_guidance=2.0),
         pipeline="OmniGen2Pipeline",
         conditions=("text", "controls"),
         # Its authors train on a logit-normal law with Flux's shift, from 0.5 at 256 tokens to 1.15 at 4096.
@@ -206,10 +204,6 @@ class OmniGen2(StandardFamily):
         from kinema.networks.omnigen2_pipeline import OmniGen2Pipeline
 
         return OmniGen2Pipeline
-
-    def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
-        arguments = super().sampling_arguments(guidance, pictures, text_length)
-        return arguments | {"image_guidance_scale": IMAGE_GUIDANCE}
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:

@@ -15,6 +15,7 @@ from kinema.errors import UserError
 from kinema.sampling.pipeline import SampleSettings
 from kinema.sampling.request import (
     RunDefaults,
+    check_image_guidance,
     check_images,
     check_size,
     defaults_of_run,
@@ -49,6 +50,7 @@ def sample(
     fps: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    image_guidance: float | None = None,
     shift: float | None = None,
     seed: int = 0,
     num_samples: int = 1,
@@ -78,11 +80,13 @@ def sample(
         "fps": fps,
         "steps": steps,
         "guidance": guidance,
+        "image_guidance": image_guidance,
         "negative": negative,
     }
     wanted = replace(defaults, **{name: value for name, value in given.items() if value is not None})
     check_size(weights.family, wanted.height, wanted.width, wanted.frames)
     check_images(weights.family, images)
+    check_image_guidance(weights.family, image_guidance)
     folder = Path(out) if out is not None else (run / "samples" if run else Path("samples"))
     settings = [
         SampleSettings(
@@ -92,6 +96,7 @@ def sample(
             frames=wanted.frames,
             steps=wanted.steps,
             guidance=wanted.guidance,
+            image_guidance=wanted.image_guidance,
             seed=one_seed,
             negative=wanted.negative,
             images=tuple(images),

@@ -43,6 +43,8 @@ class SampleSettings:
     steps: int = 30
     guidance: float = 5.0
     """Classifier-free guidance scale; 1 turns it off."""
+    image_guidance: float | None = None
+    """Guidance towards the pictures, of pipelines that have a scale for it."""
     seed: int = 0
     negative: str = ""
     images: tuple[Path, ...] = ()
@@ -66,6 +68,7 @@ class SampleSettings:
             self.frames,
             self.steps,
             self.guidance,
+            self.image_guidance,
             self.images,
             self.shift,
             self.text_length,
@@ -82,7 +85,7 @@ def sample_many(
     batch: int | None = None,
     texts: Texts | None = None,
 ) -> Iterator[Tensor]:
-    """Samples of the family's pipeline in the order of ``settings``: pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
+    """Samples of the pipeline in the order of ``settings``: pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
     `BATCH_PIXELS` allows). Text encoders are moved to ``device`` for their turn, the other parts for the length of the
@@ -139,6 +142,8 @@ def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings])
         arguments["num_frames"] = first.frames
     pictures = [picture(path, first.height, first.width) for path in first.images]
     arguments |= family.sampling_arguments(first.guidance, pictures, first.text_length)
+    if first.image_guidance is not None:
+        arguments["image_guidance_scale"] = first.image_guidance
     unknown = sorted(set(arguments) - set(known))
     assert not unknown, f"{type(pipeline).__name__} takes no {', '.join(unknown)}"
     return arguments

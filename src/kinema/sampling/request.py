@@ -48,6 +48,9 @@ def defaults_of_run(config: Config, family: Family) -> RunDefaults:
         fps=preview.fps or buckets.fps or family.variant.sampling.fps,
         steps=preview.steps,
         guidance=family.variant.sampling.guidance if preview.guidance is None else preview.guidance,
+        image_guidance=(
+            family.variant.sampling.image_guidance if preview.image_guidance is None else preview.image_guidance
+        ),
         negative=preview.negative_prompt,
     )
 
@@ -79,9 +82,7 @@ def check_images(family: Family, images: Sequence[Path], name: str = "--image") 
     """UserError if pictures are needed and not given, given and not taken, or cannot be read."""
     variant, (least, most) = family.variant, family.variant.pictures
     if most == 0 and images:
-        raise UserError(
-            f"{name} {images[0]}: {variant.name} makes {variant.modality}s from text alone; leave it away."
-        )
+        raise UserError(f"{name} {images[0]}: {variant.name} makes {variant.modality}s from text alone; leave it away.")
     if not least <= len(images) <= most:
         what = "edits pictures" if "controls" in variant.conditions else "makes a video from its first frame"
         what += " and its last one" if "last_frame" in variant.conditions else ""
@@ -96,11 +97,18 @@ def check_images(family: Family, images: Sequence[Path], name: str = "--image") 
         probe(image)
 
 
+def check_image_guidance(family: Family, scale: float | None, name: str = "--image-guidance") -> None:
+    """UserError if a scale is given and the family's pipeline has none."""
+    if scale is not None and family.variant.sampling.image_guidance is None:
+        raise UserError(f"{name}: {family.variant.name} has no guidance of its own for pictures; leave it away.")
+
+
 def check_previews(config: Config, family: Family) -> None:
     """UserError if the previews of a configuration cannot be made; call it before anything is loaded."""
     preview = config.preview
     if not preview.prompts:
         return
+    check_image_guidance(family, preview.image_guidance, "preview.image_guidance")
     size = defaults_of_run(config, family)
     check_size(family, size.height, size.width, size.frames, "preview.")
     for images in preview_images(config, family):

@@ -132,6 +132,7 @@ def preview_settings(config: Config, family: Family) -> list[SampleSettings]:
             frames=wanted.frames,
             steps=wanted.steps,
             guidance=wanted.guidance,
+            image_guidance=wanted.image_guidance,
             seed=preview.seed + i,
             negative=wanted.negative,
             images=images,
