@@ -166,11 +166,22 @@ def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world:
         for block in group:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    _keep_recording(network)
     network.to(world.device)  # buffers outside the blocks
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _keep_recording(network: nn.Module) -> None:
+    """transformers knows by the name of a model's class what of its inside it can record (hidden states of text
+    encoders), and FSDP2 has just given the network a class with another name."""
+    recorded = getattr(network, "_can_record_outputs", None)
+    if recorded:
+        from transformers.utils import output_capturing
+
+        output_capturing._CAN_RECORD_REGISTRY[network] = recorded
 
 
 def _check_equal_weights(network: nn.Module, world: World) -> None:
