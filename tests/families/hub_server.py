@@ -29,6 +29,8 @@ class HubServer:
         self.break_after: int | None = None
         """Bytes of a file after which the connection is closed, and every later one at once."""
         self.broken = False
+        self.elsewhere = False
+        """LFS files are delivered from another host, as the real hub does."""
         self.sent = 0
         self.requests: list[tuple[str, str, str | None, str | None]] = []
         """(method, path, Range, Authorization) of all that was asked."""
@@ -90,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif name is None:
             self.refuse(404, "RepoNotFound")
+        elif path.startswith("/elsewhere/"):
+            file = path.split(f"/{name}/")[1]
+            self.deliver(self.hub.repositories[name] / file, COMMIT)
         elif path.startswith("/api/"):
             self.describe(name, path.split(f"/api/models/{name}")[1].strip("/").split("/"))
         else:
@@ -98,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.refuse(403 if asked[1] else 401, "GatedRepo")
             else:
                 assert revision in (COMMIT, OLDER)
+                if self.hub.elsewhere and file.endswith(".safetensors"):
+                    self.redirect(name, file, revision)
+                    return
                 self.deliver(self.hub.repositories[name] / file, revision)
 
     def describe(self, name: str, rest: list[str]) -> None:
@@ -112,6 +120,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str) -> None:
         self.send(b"{}", {"X-Error-Code": code, "X-Error-Message": code}, status)
+
+    def redirect(self, name: str, file: str, commit: str) -> None:
+        data = (self.hub.repositories[name] / file).read_bytes()
+        port = self.server.server_address[1]
+        headers = {"Location": f"http://localhost:{port}/elsewhere/{name}/{file}", "X-Repo-Commit": commit}
+        headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{identity(data, lfs=True)}"'}
+        self.send(b"", headers, 302)
 
     def deliver(self, file: Path, commit: str) -> None:
         if not file.is_file():

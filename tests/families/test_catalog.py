@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from report_table import outcomes, table, write
 
 from kinema.config.load import load_config
 from kinema.config.schema import ModelConfig
@@ -169,6 +170,29 @@ def test_the_arithmetic_of_the_guides() -> None:
         == ["5.1 GB", "2.6 GB", "41 GB"]
     )
     assert gigabytes(9.94e9) == "9.9 GB" and gigabytes(9.96e9) == "10 GB"
+
+
+def test_the_table_of_proofs(tmp_path: Path) -> None:
+    node = "tests/families/test_zoo.py::test_"
+    found = outcomes(
+        [
+            (f"{node}a_parity[flux-dev]", "passed"),
+            (f"{node}e_lora[flux-dev-comfyui]", "skipped"),
+            (f"{node}e_lora[flux-dev-diffusers]", "passed"),
+            (f"{node}e_lora[flux-dev-kohya]", "skipped"),
+            (f"{node}g_single[flux-dev]", "skipped"),
+            (f"{node}h_compiled[flux-dev]", "failed"),
+            (f"{node}h_checkpointing[flux-dev]", "passed"),
+            ("tests/families/test_flux.py::test_a_thing[flux-dev]", "failed"),
+        ]
+    )
+    assert found == {"flux-dev": {"a": "passed", "e": "passed", "g": "skipped", "h": "failed"}}
+    page = tmp_path / "families.md"
+    page.write_text((DOCS / "families.md").read_text(encoding="utf-8"), encoding="utf-8")
+    before = blocks(page.read_text(encoding="utf-8"))
+    write(page, table(found, sorted(found)))
+    text = page.read_text(encoding="utf-8")
+    assert "| flux | dev | ✓ |  |  |  | ✓ |  | – | ✗ |" in text and blocks(text) == before
 
 
 def test_a_wrong_example_would_be_seen(tmp_path: Path) -> None:

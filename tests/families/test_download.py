@@ -143,6 +143,17 @@ def test_gated_models_are_explained(hub: HubServer, address: str, tmp_path: Path
     assert not any(b"hf_right" in data for data in files_of(tmp_path).values())
 
 
+def test_a_token_goes_to_the_hub_alone(hub: HubServer, address: str, tmp_path: Path, t2v: Path) -> None:
+    """The real hub sends large files from other hosts, whose addresses are the permission."""
+    hub.gated, hub.token, hub.elsewhere = {HUB}, "hf_right", True
+    done = kinema(address, tmp_path, "--to", "here", HF_TOKEN="hf_right")
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "here") == files_of(t2v)
+    asked = {path: authorization for method, path, _, authorization in hub.requests if method == "GET"}
+    assert asked[f"/elsewhere/{HUB}/{NETWORK}"] is None
+    assert asked[f"/{HUB}/resolve/{COMMIT}/model_index.json"] == "Bearer hf_right"
+
+
 def test_a_stored_login_is_not_used(hub: HubServer, address: str, tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("hf_stored")

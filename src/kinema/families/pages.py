@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _sizes(group: str, family: str) -> str:
 def _list() -> str:
     """Names of the families, for a sentence."""
     names = dict.fromkeys(one.family for one in known())
-    return ", ".join(f"`{name}`" for name in names)
+    return textwrap.fill(", ".join(f"`{name}`" for name in names), 120, break_on_hyphens=False)
 
 
 MAKERS: dict[str, Callable[..., str]] = {"families": _families, "sizes": _sizes, "list": _list}
