@@ -190,9 +190,6 @@ def sample(
     image_guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance towards the given pictures, of models that have it apart.")
     ] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance towards the given pictures, of models that have it apart.")
-    ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Time shift of the sampling schedule.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
