@@ -164,6 +164,16 @@ def test_every_part_is_read_out_of_a_whole_checkpoint(
             assert different == [], part
 
 
+def test_samples_of_a_whole_checkpoint_need_tokenizers_alone(base: Path, tmp_path: Path) -> None:
+    from kinema.sampling.weights import find_weights
+
+    file = whole_checkpoint(base, tmp_path / "model.safetensors")
+    found = find_weights(None, str(file), family="sdxl", variant="base-eps", adapters=(), ema=None).family
+    hub = found.variant.hub
+    paths = {part: getattr(found.config, part).path for part in found.variant.parts if part != "scheduler"}
+    assert paths == dict.fromkeys(MODELS) | dict.fromkeys(TOKENIZERS.values(), hub)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_detection(directories: dict[str, Path], tmp_path: Path, variant: str) -> None:
     assert family_at(path=str(directories[variant])).variant.name == variant

@@ -303,7 +303,9 @@ def test_a_wrong_size_is_told_without_importing_torch(base: Path) -> None:
 
 
 def test_the_single_file_takes_the_rest_from_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "network.safetensors").write_bytes(b"")
+    from safetensors.torch import save_file
+
+    save_file({"model.diffusion_model.head.modulation": torch.zeros(1)}, tmp_path / "network.safetensors")
     weights = find_weights(
         None, str(tmp_path / "network.safetensors"), family="wan", variant="t2v-1.3b", adapters=(), ema=None
     )

@@ -198,6 +198,10 @@ class Family(ABC):
         configuration neither ships with kinema nor lies at the model's path."""
         raise NotImplementedError(f"{self.name} cannot make an empty {part}")
 
+    def is_here(self, part: str) -> bool:
+        """Whether the weights of a part lie on this machine, where the configuration says; nothing is fetched."""
+        return False
+
     def part_dtype(self, part: str, compute: torch.dtype) -> torch.dtype:
         """The type in which a part that does not train is loaded, for encoding, previews and samples alike.
 

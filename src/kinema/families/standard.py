@@ -148,6 +148,10 @@ class StandardFamily(Family):
         model = f"{self.name} {self.variant.name}"
         return with_config(self.spec(part), found, self._config_file(part, found), shipped, model)
 
+    def is_here(self, part: str) -> bool:
+        places = part_config(self.config, part).path, self.config.path
+        return not any(map(is_hub_id, places)) and self._find(part) is not None
+
     def known_config(self, part: str) -> Mapping[str, Any]:
         """A part's configuration as far as it is known without fetching anything: the shipped one for a hub id."""
         places = part_config(self.config, part).path, self.config.path

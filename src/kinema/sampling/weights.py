@@ -87,7 +87,7 @@ def adapter_option(text: str) -> tuple[Path, float]:
 def _of_model(model: str, family: str | None, variant: str | None) -> Weights:
     """Base weights: a diffusers directory, a hub id, or a single file of a network.
 
-    What a single file lacks (autoencoder, encoders) is taken from the variant's repository on the hub.
+    What a single file lacks (autoencoder, encoders, tokenizers) is taken from the variant's repository on the hub.
     """
     path = Path(model).expanduser()
     if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -104,9 +104,10 @@ def _of_model(model: str, family: str | None, variant: str | None) -> Weights:
     if variant is None:
         known = ", ".join(family_class(name).variants)
         raise UserError(f"--model {model} is a single file: say which {name} it is with --variant ({known}).")
-    one = open_family(config).variant
-    elsewhere = PartConfig(path=one.hub)
-    fields = [part for part in one.parts if part in ModelConfig.model_fields and part not in ("network", "tokenizer")]
+    one = open_family(config)
+    elsewhere = PartConfig(path=one.variant.hub)
+    others = (part for part in one.variant.parts if part in ModelConfig.model_fields and part != "network")
+    fields = [part for part in others if not one.is_here(part)]
     return Weights(open_family(config.model_copy(update=dict.fromkeys(fields, elsewhere))), path.name)
 
 
