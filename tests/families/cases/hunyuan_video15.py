@@ -16,6 +16,7 @@ UNUSED = (
     r"context_embedder_2\..*",
     r"transformer_blocks\.2\.(ff_context|attn\.to_add_out|attn\.add_q_proj|attn\.norm_added_q)\..*",
 )
+T2V_UNUSED = (*UNUSED, r"image_embedder\..*")  # there the picture's tokens are hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class HunyuanVideo15(Case):
 
 
 CASES = [
-    HunyuanVideo15(variant="480p-t2v", unused=(*UNUSED, r"image_embedder\..*")),
-    HunyuanVideo15(variant="720p-i2v"),
+    *(HunyuanVideo15(variant=name, unused=T2V_UNUSED) for name in ("480p-t2v", "720p-t2v", "480p-t2v-distilled")),
+    *(HunyuanVideo15(variant=name) for name in ("480p-i2v", "720p-i2v", "480p-i2v-distilled", "720p-i2v-distilled")),
     HunyuanVideo15(variant="480p-i2v-step-distilled"),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
 from torch import Tensor
 from zoo import NEGATIVE, PROMPT, Case, Inputs, picture
@@ -49,11 +48,9 @@ class LTXVideo(Case):
     def answer(self, family: Family, native: Tensor, inputs: Inputs) -> Any:
         return native.flatten(2).transpose(1, 2)
 
-    def decoded(self, latents: Tensor) -> Tensor:
-        return torch.as_tensor(latents)
-
 
 CASES = [
-    LTXVideo(variant=variant, converter=convert_ltx_transformer_checkpoint_to_diffusers)
-    for variant in ("t2v-2b-0.9", "i2v-2b-0.9", "t2v-2b-0.9.1", "t2v-2b-0.9.5", "i2v-2b-0.9.5", "i2v-13b-0.9.7")
+    LTXVideo(variant=f"{kind}-{version}", converter=convert_ltx_transformer_checkpoint_to_diffusers)
+    for version in ("2b-0.9", "2b-0.9.1", "2b-0.9.5", "13b-0.9.7")
+    for kind in ("t2v", "i2v")
 ]
