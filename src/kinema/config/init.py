@@ -171,12 +171,13 @@ seed = 42
 
 
 def _model(family: str, variant: Variant) -> str:
+    elsewhere = "".join(f"{part}.path = {toml_value(hub)}\n" for part, hub in variant.elsewhere)
     return f"""\
 [model]
 family = {toml_value(family)}
 variant = {toml_value(variant.name)}
 path = {toml_value(variant.hub)}  # a hub id, a diffusers directory or a single file
-# network.path = "network.safetensors"  # any part may come from elsewhere: autoencoder.path...
+{elsewhere}# network.path = "network.safetensors"  # any part may come from elsewhere: autoencoder.path...
 """
 
 
@@ -249,16 +250,17 @@ def _watching(variant: Variant) -> str:
     images = f"images = {toml_value(pictures[: variant.pictures[0]])}  # for each prompt, in their order\n"
     prompts = (
         '# prompts = ["a sentence like your captions"]'
-        if needs_picture
+        if needs_picture or variant.sampling_needs
         else 'prompts = ["a sentence like your captions"]'
     )
+    needs = f"# Samples need a package more: pip install {variant.sampling_needs}\n" if variant.sampling_needs else ""
     return f"""\
 [checkpoint]
 every_minutes = 30
 keep = 2  # the newest are kept
 
 [preview]  # samples made while training goes on, one before the first step
-{prompts}
+{needs}{prompts}
 {"# " + images if needs_picture else ""}every_steps = 500
 steps = 30
 

@@ -69,6 +69,10 @@ class Variant:
     """Commit of ``hub`` that ``kinema download`` fetches; None is the newest."""
     gated: bool = False
     """Whether the hub asks for consent to its terms."""
+    elsewhere: tuple[tuple[str, str], ...] = ()
+    """Parts that its repository lacks, and repositories that have them."""
+    sampling_needs: str = ""
+    """A package that its pipeline asks for and kinema does not install."""
     longest_side: int | None = None
     """The longest side in pixels that the network has positions for; None if it has no limit that matters."""
     least_pictures: int = 1

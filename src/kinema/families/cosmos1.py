@@ -61,6 +61,7 @@ def _variant(name: str, parameters: int, hub: str) -> Variant:
         frame_stride=8,
         shift=LATENT_FRAMES**0.5,
         gated=True,
+        sampling_needs="cosmos_guardrail",
     )
 
 

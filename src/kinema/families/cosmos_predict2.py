@@ -53,6 +53,7 @@ def _variant(name: str, parameters: int, hub: str) -> Variant:
         conditions=("text", "first_frame") if video else ("text",),
         shift=LATENT_FRAMES**0.5 if video else 1.0,
         gated=True,
+        sampling_needs="cosmos_guardrail",
     )
 
 

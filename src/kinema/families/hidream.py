@@ -80,6 +80,7 @@ def _variant(name: str, steps: int, guidance: float, shift: float) -> Variant:
         SamplingDefaults(height=1024, width=1024, frames=1, steps=steps, guidance=guidance),
         pipeline="HiDreamImagePipeline",
         shift=shift,  # of the authors' sampler (inference.py)
+        elsewhere=(("text_encoder_4", "meta-llama/Llama-3.1-8B-Instruct"),),
     )
 
 
