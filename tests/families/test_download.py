@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,21 +205,34 @@ def test_parts_that_the_variant_lacks_come_from_their_own_repository(tmp_path: P
             shutil.move(file, tmp_path / "t5" / file.name)
         (tiny / name).rmdir()
     hub = HubServer({"lodestones/Chroma1-HD": tiny, "google/t5-v1_1-xxl": tmp_path / "t5"})
+    command = [sys.executable, "-m", "kinema", "download", "chroma", "--variant", "hd", "--to", "here"]
     with serve(hub) as address:
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
-        done = subprocess.run(
-            [sys.executable, "-m", "kinema", "download", "chroma", "--variant", "hd", "--to", "here"],
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+        options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        hub.gated = {"google/t5-v1_1-xxl"}
+        refused = subprocess.run(command, timeout=120, **options)
+        assert refused.returncode == 2 and "google/t5-v1_1-xxl is gated" in refused.stderr
+        assert not (tmp_path / "here").exists()  # said before anything is fetched
+        hub.gated = set()
+        done = subprocess.run(command, timeout=120, **options)
     assert done.returncode == 0, done.stderr
     family = open_family(ModelConfig(family="chroma", variant="hd", path=str(tmp_path / "here")))
     for part in family.variant.parts:
         assert find(family.config, part, family.spec(part)) is not None, part  # type: ignore[attr-defined]
     assert family.load("text_encoder", "cpu", None).num_parameters() > 0
+
+
+def test_a_part_alone_is_found_where_the_last_lines_say(
+    hub: HubServer, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = kinema(address, tmp_path, "--to", "here", "--parts", "text_encoder, tokenizer")
+    assert done.returncode == 0, done.stderr
+    table = tomllib.loads(done.stdout[done.stdout.index("[model]") :])["model"]
+    assert sorted(table) == ["text_encoder", "tokenizer"]
+    monkeypatch.chdir(tmp_path)
+    family = open_family(ModelConfig.model_validate({"family": "wan", "variant": "t2v-1.3b", **table}))
+    assert family.load("text_encoder", "cpu", None).num_parameters() > 0
+    assert family.load("tokenizer", "cpu", None)("red").input_ids
 
 
 WEIGHTS = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors", "openvino.xml"]

@@ -75,6 +75,8 @@ def download(
     _check_disk(directory, missing, say)
     if dry_run:
         return directory
+    for repository in {piece.repository.name: piece.repository for piece, _ in missing}.values():
+        hub.admit(repository)  # of all, before the first gigabyte of any
     record.begin(pieces)
     for piece, file in missing:
         hub.fetch(piece.repository, file, piece.directory)
@@ -82,7 +84,7 @@ def download(
     for place in {piece.directory for piece in pieces}:
         shutil.rmtree(place / PARTIAL, ignore_errors=True)
     record.finish()
-    _say_next(family, chosen, wanted, bound, directory, say)
+    _say_next(family, chosen, wanted, directory, say)
     return directory
 
 
@@ -243,7 +245,6 @@ def _say_next(
     family: str,
     variant: Variant,
     parts: Sequence[str],
-    bound: StandardFamily,
     directory: Path,
     say: Callable[[str], None],
 ) -> None:
@@ -252,7 +253,7 @@ def _say_next(
         lines = [f'family = "{family}"', f'variant = "{variant.name}"', f"path = {json.dumps(str(directory))}"]
     else:
         say("done; in your configuration, beside the path of the network:")
-        lines = [f"{part}.path = {json.dumps(str(directory / bound.spec(part).folder))}" for part in parts]
+        lines = [f"{part}.path = {json.dumps(str(directory))}" for part in parts]
     for line in ("[model]", *lines):
         say(line)
 

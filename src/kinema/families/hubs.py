@@ -47,6 +47,9 @@ class Hub(Protocol):
     def look(self, name: str, revision: str | None) -> Repository:
         """List a repository; UserError if it, or the revision, is not there or not for this user."""
 
+    def admit(self, repository: Repository) -> None:
+        """UserError if files of this repository are not for this user, though its list is."""
+
     def fetch(self, repository: Repository, file: HubFile, directory: Path) -> None:
         """Put one file at ``directory / file.path``, going on where an earlier attempt stopped."""
 
@@ -93,6 +96,15 @@ class HuggingFace:
         except Exception as error:
             raise self._explained(error, name, revision) from None
         return Repository(name, commit, files)
+
+    def admit(self, repository: Repository) -> None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        try:
+            url = hf_hub_url(repository.name, repository.files[0].path, revision=repository.commit)
+            get_hf_file_metadata(url, token=self.token)
+        except Exception as error:
+            raise self._explained(error, repository.name, repository.commit) from None
 
     def fetch(self, repository: Repository, file: HubFile, directory: Path) -> None:
         from huggingface_hub import hf_hub_download
@@ -201,6 +213,9 @@ class ModelScope:
         commit = newest.get("Revision") or revision or self.main
         files = tuple(HubFile(row["Path"], int(row["Size"]), row.get("Sha256") or "") for row in rows)
         return Repository(name, commit, files)
+
+    def admit(self, repository: Repository) -> None:
+        """ModelScope lists no repository whose files it refuses."""
 
     def fetch(self, repository: Repository, file: HubFile, directory: Path) -> None:
         check = {"expected_sha256": file.identity or None, "file_size": file.size}
