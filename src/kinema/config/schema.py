@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from kinema.config.layouts import AdapterType, LayoutName, default_layouts, why_not
 from kinema.errors import ConfigError
 from kinema.plugins import OBJECTIVES, OPTIMIZERS, Catalog
-
-from kinema.config.layouts import AdapterType, LayoutName, default_layouts, why_not
 
 
 def _expand_home(path: Path) -> Path:
