@@ -8,6 +8,7 @@ encoders can train too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,10 +22,10 @@ from kinema.errors import ConfigError
 from kinema.families.base import Native, NoisePath, Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.discrete import StepSchedule
 from kinema.families.layout import Layout
-from kinema.families.loading import Found, PartSpec, read_json
+from kinema.families.loading import Found, PartSpec, Source, read_json
 from kinema.families.parts import CLIP_G, CLIP_G_TOKENIZER, CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, SDXL_VAE
 from kinema.families.prediction import variance_preserving
-from kinema.families.sdxl_layout import NETWORK, TEXT_ENCODER, TEXT_ENCODER_2, V_PREDICTION_MARKS
+from kinema.families.sdxl_layout import NETWORK, TEXT_ENCODER, TEXT_ENCODER_2, V_PREDICTION_MARKS, is_sdxl
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import NETWORK_INSIDE, is_inside, tensor_shapes
 from kinema.families.text import warn_if_cut
@@ -32,10 +33,10 @@ from kinema.families.text import warn_if_cut
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 LENGTH = 77
 """Tokens of either CLIP, with both ends."""
-TEXT_WIDTH = 2048
-"""Channels of both CLIPs together: what tells the network from those of other Stable Diffusions."""
 
 PARTS = {
     "network": PartSpec(
@@ -98,10 +99,10 @@ class SDXL(StandardFamily):
         """By the scheduler's configuration beside the network, or by what a single file is marked with."""
         if described:
             scheduler = self._find("scheduler")
-            known = read_json(scheduler.config) if scheduler and scheduler.config else {}
-            kind = known.get("prediction_type") if described.get("addition_embed_type") == "text_time" else None
+            known = read_json(scheduler.config) if scheduler and scheduler.config else {"prediction_type": ""}
+            kind = _prediction(known) if described.get("addition_embed_type") == "text_time" else ""
             return next((name for name, (_, word) in NATIVE.items() if word == kind), None)
-        if not _is_sdxl(found):
+        if not is_sdxl(tensor_shapes(found.files)):
             return None
         marks = tuple(start + V_PREDICTION_MARKS[0] for start in ("", *NETWORK_INSIDE))
         return "v-prediction" if is_inside(found.place, marks) else "base-eps"
@@ -228,16 +229,22 @@ class SDXL(StandardFamily):
             raise ConfigError(
                 f"model.text_length: {self.name} reads {LENGTH} tokens of text, no more, no fewer; leave the key out."
             )
-        scheduler = self.known_config("scheduler")
-        expected = NATIVE[self.variant.name][1]
-        if scheduler.get("prediction_type", "epsilon") != expected:
-            other = next((name for name, (_, word) in NATIVE.items() if word == scheduler["prediction_type"]), None)
-            raise ConfigError(
-                f'model.variant: {self.variant.name} predicts "{expected}", and the scheduler in {config.model.path} '
-                f'is made for "{scheduler["prediction_type"]}". '
-                + (f'Set model.variant = "{other}", or c' if other else "C")
-                + "orrect its scheduler_config.json."
+        found = self._find("scheduler") if self.is_here("scheduler") else None
+        asked = NATIVE[self.variant.name][1]
+        if found and found.config and (kept := _prediction(read_json(found.config))) != asked:
+            log.warning(
+                'model.variant = "%s" predicts "%s", and %s is made for "%s": the variant\'s own schedule is used. If '
+                "that is wrong, leave model.variant out.",
+                *(self.variant.name, asked, found.config, kept),
             )
+
+    def source(self, part: str) -> Source:
+        """A scheduler's configuration of another prediction than the variant's gives way to the shipped one."""
+        source = super().source(part)
+        shipped = self._shipped(self.variant.name, self.spec(part))
+        if part != "scheduler" or shipped is None or _prediction(source.config) == NATIVE[self.variant.name][1]:
+            return source
+        return replace(source, config=read_json(shipped))
 
     def layout(self, part: str = "network") -> Layout:
         return {"network": NETWORK, "text_encoder": TEXT_ENCODER, "text_encoder_2": TEXT_ENCODER_2}[part]
@@ -261,11 +268,9 @@ class SDXL(StandardFamily):
         return write_tiny(directory, NATIVE[variant][1], seed)
 
 
-def _is_sdxl(found: Found) -> bool:
-    """Whether a file of weights is a network of this family: others have other widths of text, or no sizes."""
-    shapes = tensor_shapes(found.files)
-    text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), (0, 0))
-    return text[-1] == TEXT_WIDTH and any(name.startswith(("label_emb.", "add_embedding.")) for name in shapes)
+def _prediction(scheduler: Mapping[str, Any]) -> str:
+    """What a scheduler's configuration says that the network predicts; diffusers' default is noise."""
+    return str(scheduler.get("prediction_type", "epsilon"))
 
 
 def _levels(network: nn.Module) -> list[str]:

@@ -7,11 +7,15 @@ network is three of its blocks, the third of which changes the resolution.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kinema.families.layout import Layout
 
 LEVELS = 3
 DOWN, UP = 2, 3
 """Pairs of a residual block and attention on a level."""
+TEXT_WIDTH = 2048
+"""Channels of both CLIPs together: what tells the network from those of other Stable Diffusions."""
 V_PREDICTION_MARKS = ("v_pred", "ztsnr")
 """Empty tensors by which single files say that the network predicts the velocity, and that the last step has no signal;
 ComfyUI reads them."""
@@ -64,3 +68,9 @@ TEXT_ENCODER = Layout(
 """CLIP-L: transformers left out the first word of its names in version 5; files and adapters have it."""
 TEXT_ENCODER_2 = Layout([], same=True)
 """CLIP-G with its projection, which kept that word."""
+
+
+def is_sdxl(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether tensors are those of a network of this family: others have other widths of text, or know no sizes."""
+    text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), (0, 0))
+    return text[-1] == TEXT_WIDTH and any(name.startswith(("label_emb.", "add_embedding.")) for name in shapes)
