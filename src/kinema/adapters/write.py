@@ -119,7 +119,7 @@ def _save_file(
 def comfyui_tensors(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Tensors of an adapter of original layers, by ComfyUI's names.
 
-    ``.alpha`` is written where alpha is not the rank. Outside the blocks some importers refuse it (diffusers' for Wan,
+    ``.alpha`` is written where alpha is not the rank. Outside the blocks some importers refuse it (one of diffusers',
     0.42): there a factor carries the scale.
     """
     import torch

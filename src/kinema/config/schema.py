@@ -83,7 +83,7 @@ class PartConfig(Section):
 
 class ModelConfig(Section):
     family: str
-    """The kind of model, for instance `wan`. `kinema models` lists them."""
+    """The kind of model. `kinema models` lists them."""
     variant: str | None = None
     """Variant of the family, such as `t2v-1.3b`. Needed if `path` is a single file, else read from it."""
     path: PathOrHub | None = None
