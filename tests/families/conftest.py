@@ -8,27 +8,20 @@ import pytest
 
 from kinema.families.wan import Wan
 
-OF_THE_FIRST = (
-    "test_d_thirty_steps_bring_the_loss_down",
-    "test_h_compiled_blocks",
-    "test_h_frozen_base_in_float8",
-)
-"""Proofs that take seconds and depend on the network's class alone: `make test` runs them for the first variant of
-each family, `make test-all` for every one."""
+ALWAYS_SLOW = ("test_h_compiled_blocks",)
+"""Proofs that take many seconds for every family."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what `OF_THE_FIRST` names, for the other variants."""
+    """`make test` runs the proofs for the first variant of each family, whose network has the structure of the others;
+    `make test-all` and `make proofs` run all proofs for all variants."""
     first: dict[str, str] = {}
     for item in items:
-        case = (
-            item.callspec.params.get("model")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        if case is None or not hasattr(case, "family"):
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("model")
+        if not hasattr(case, "family"):
             continue
-        if first.setdefault(case.family, case.id) != case.id and item.originalname in OF_THE_FIRST:
+        other = first.setdefault(case.family, case.id) != case.id
+        if other or getattr(item, "originalname", "") in ALWAYS_SLOW:
             item.add_marker(pytest.mark.slow)
 
 

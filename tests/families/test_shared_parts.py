@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kinema import families
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families import parts, tiny
@@ -96,7 +99,10 @@ def test_settings_that_sizes_do_not_show() -> None:
 
 
 def test_shipped_configurations_are_used() -> None:
-    used = {spec.shipped for spec in vars(parts).values() if isinstance(spec, PartSpec)} - {""}
+    modules = [
+        importlib.import_module(f"kinema.families.{one.name}") for one in pkgutil.iter_modules(families.__path__)
+    ]
+    used = {spec.shipped for module in modules for spec in vars(module).values() if isinstance(spec, PartSpec)} - {""}
     assert {folder.name for folder in (CONFIGS / "common").iterdir()} == used
 
 

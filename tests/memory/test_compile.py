@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
@@ -14,6 +15,7 @@ from kinema.families.wan import Wan
 from kinema.memory.compile import compile_blocks
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_same_and_compiles_a_kind_once(tmp_path: Path) -> None:
     directory = Wan.tiny(tmp_path / "tiny", "t2v-1.3b", seed=1)
     family = open_family(ModelConfig(family="wan", path=str(directory)))

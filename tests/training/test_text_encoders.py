@@ -84,6 +84,7 @@ def of_part(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor
     return {name: value for name, value in state.items() if name.startswith(f"networks.{part}.")}
 
 
+@pytest.mark.slow
 def test_adapters_of_three_parts(root: Path) -> None:
     """All of them move, at their own pace; the text is in no cache; a resumed run ends with the same bits; previews and
     samples show what was trained."""
@@ -136,6 +137,7 @@ def sampled_as_in_the_preview(directory: Path, preview: Path) -> None:
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_three_parts_train_whole(root: Path) -> None:
     """Every weight that an output depends on moves; exports are read by transformers, diffusers and us."""
     from diffusers import UNet2DConditionModel
