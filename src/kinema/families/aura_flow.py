@@ -113,6 +113,7 @@ class AuraFlow(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
     encoding_version = "aura-flow-1"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
@@ -171,10 +172,6 @@ class AuraFlow(StandardFamily):
             return_dict=False,
         )[0]
         return output[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("joint_transformer_blocks", "single_transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of attention and feed-forward."""

@@ -64,6 +64,7 @@ class Chroma(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "chroma-1"
     default_time = "native"
 
@@ -136,10 +137,6 @@ class Chroma(StandardFamily):
             return_dict=False,
         )[0]
         return unpack(predicted, rows, columns)[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("transformer_blocks", "single_transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks."""

@@ -64,6 +64,7 @@ class CosmosFamily(StandardFamily):
     """A generation of Cosmos. Where a first frame is given, it stands in the place of the first latent frame, and a
     mask beside x_t says so."""
 
+    block_lists = ("transformer_blocks",)
     options = ("first_frame_p",)
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -168,9 +169,6 @@ class CosmosFamily(StandardFamily):
             **further,
             return_dict=False,
         )[0]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {"transformer_blocks": network.get_submodule("transformer_blocks")}  # type: ignore[dict-item]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Attention and feed-forward layers, as NVIDIA's own LoRA (``lora_target_modules`` of cosmos-predict2)."""

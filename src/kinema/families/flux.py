@@ -100,6 +100,7 @@ class Flux(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "flux-1"
     options = ("guidance", "bypass_guidance")
 
@@ -215,10 +216,6 @@ class Flux(StandardFamily):
             embedder = loaded.get_submodule("time_text_embed.guidance_embedder")
             embedder.register_forward_hook(_nothing)
         return loaded
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("transformer_blocks", "single_transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks, modulation included."""

@@ -101,6 +101,7 @@ class HiDream(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("double_stream_blocks", "single_stream_blocks")
     encoding_version = "hidream-1"
 
     @property
@@ -206,10 +207,6 @@ class HiDream(StandardFamily):
             output = output[:, :, : height * width // 4].unflatten(3, (2, 2)).unflatten(2, (height // 2, width // 2))
             output = output.transpose(3, 4).reshape(*output.shape[:2], height, width)
         return output[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("double_stream_blocks", "single_stream_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of attention and feed-forward, of all experts too."""

@@ -94,6 +94,7 @@ class HunyuanImage(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "hunyuan-image-1"
     options = ("guidance",)
     batched_sampling = False  # the pipeline guides all of a call alike if any of its prompts has words to draw
@@ -201,10 +202,6 @@ class HunyuanImage(StandardFamily):
             told[f"encoder_hidden_states{end}"] = conditioning[f"encoder_hidden_states{end}"].to(dtype)
             told[f"encoder_attention_mask{end}"] = conditioning[f"encoder_attention_mask{end}"]
         return network(hidden_states=x_t[:, :, 0].to(dtype), **told, return_dict=False)[0][:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("transformer_blocks", "single_transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks."""

@@ -48,6 +48,7 @@ class HunyuanVideo(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks", "single_transformer_blocks")
     encoding_version = "hunyuan-video-1"
     options = ("guidance",)
     options = ("guidance",)
@@ -165,10 +166,6 @@ class HunyuanVideo(StandardFamily):
             guidance=guidance,
             return_dict=False,
         )[0]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks", "single_transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks of both kinds."""

@@ -45,6 +45,7 @@ class HunyuanVideo15(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks")
     encoding_version = "hunyuan-video-1.5-1"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
@@ -176,10 +177,6 @@ class HunyuanVideo15(StandardFamily):
             **inputs,
             return_dict=False,
         )[0]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        names = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks")
-        return {name: network.get_submodule(name) for name in names}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the double-stream blocks."""

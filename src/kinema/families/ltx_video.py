@@ -43,6 +43,7 @@ class LTXVideo(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("transformer_blocks",)
     encoding_version = "ltx-video-1"
     options = ("first_frame_p",)
     options = ("first_frame_p",)
@@ -159,9 +160,6 @@ class LTXVideo(StandardFamily):
         grid = torch.meshgrid(seconds.float() * (1.0 / fps), y.float(), x.float(), indexing="ij")
         coordinates = torch.stack(grid).flatten(1)[None]
         return {"video_coords": coordinates.expand(len(x_t), -1, -1)}
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {"transformer_blocks": network.get_submodule("transformer_blocks")}  # type: ignore[dict-item]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks."""

@@ -109,6 +109,7 @@ class Lumina2(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = _BLOCKS
     encoding_version = "lumina2-1"
 
     @property
@@ -167,9 +168,6 @@ class Lumina2(StandardFamily):
             return_dict=False,
         )[0]
         return output[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {name: network.get_submodule(name) for name in _BLOCKS}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks, modulations too: diffusers reads ComfyUI's names where all are there."""

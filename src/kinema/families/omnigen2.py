@@ -92,6 +92,7 @@ class OmniGen2(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = _BLOCKS
     encoding_version = "omnigen2-1"
 
     @property
@@ -170,9 +171,6 @@ class OmniGen2(StandardFamily):
             return_dict=False,
         )[0]
         return output[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {name: network.get_submodule(name) for name in _BLOCKS}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks; its authors' LoRA has those of attention."""

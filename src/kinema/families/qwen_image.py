@@ -99,6 +99,7 @@ class QwenImage(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("transformer_blocks",)
     encoding_version = "qwen-image-1"
     guidance_argument = "true_cfg_scale"
     resolution_shift = ResolutionShift(256, 0.5, 8192, 0.9)
@@ -230,9 +231,6 @@ class QwenImage(StandardFamily):
             return_dict=False,
         )[0]
         return unpack(predicted[:, : rows * columns], rows, columns)[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {"transformer_blocks": network.get_submodule("transformer_blocks")}  # type: ignore[dict-item]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks."""

@@ -100,6 +100,7 @@ class SD3(StandardFamily):
     name = "sd3"
     variants = VARIANTS
     parts = PARTS
+    block_lists = ("transformer_blocks",)
     encoding_version = "sd3-1"
 
     def layout(self, part: str = "network") -> Layout:
@@ -178,9 +179,6 @@ class SD3(StandardFamily):
             return_dict=False,
         )[0]
         return output[:, :, None]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {"transformer_blocks": network.get_submodule("transformer_blocks")}  # type: ignore[dict-item]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of attention and feed-forward in both streams."""

@@ -47,6 +47,8 @@ class StandardFamily(Family):
     """Every part that some variant has, by its name."""
     network_layout: ClassVar[Layout]
     """The original layout of the network."""
+    block_lists: ClassVar[tuple[str, ...]]
+    """Names of the network's lists of repeated blocks, in the order in which they run."""
     high_precision: ClassVar[tuple[str, ...]] = ()
     """Words in the names of layers inside the blocks that float8 storage leaves alone."""
     configs: ClassVar[Path | None] = None
@@ -293,6 +295,9 @@ class StandardFamily(Family):
                     f"model.train: {self.variant.name} cannot train '{part}'{did_you_mean(part, known)} "
                     f"What can train: {', '.join(known)}."
                 )
+
+    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
+        return {name: network.get_submodule(name) for name in self.block_lists}  # type: ignore[misc]
 
     # -- other tools -----------------------------------------------------------------------------------------------
 

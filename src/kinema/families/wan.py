@@ -44,6 +44,7 @@ class Wan(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = ("blocks",)
     encoding_version = "wan-1"
     options = ("first_frame_p",)
 
@@ -187,9 +188,6 @@ class Wan(StandardFamily):
             **{name: value.to(dtype) for name, value in inputs.items()},
             return_dict=False,
         )[0]
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {"blocks": network.get_submodule("blocks")}  # type: ignore[dict-item]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks."""

@@ -116,6 +116,7 @@ class ZImage(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK
+    block_lists = _BLOCKS
     encoding_version = "z-image-1"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
@@ -177,9 +178,6 @@ class ZImage(StandardFamily):
             return_dict=False,
         )[0]
         return torch.stack(pictures)
-
-    def blocks(self, network: nn.Module) -> dict[str, nn.ModuleList]:
-        return {name: network.get_submodule(name) for name in _BLOCKS}  # type: ignore[misc]
 
     def adapter_targets(self, part: str = "network") -> tuple[str, ...]:
         """Every linear layer of the blocks, those of the refiners included."""
