@@ -85,7 +85,7 @@ def bare_loop(run: Run):
     """The loop that one would write by hand, with everything prepared outside of it."""
     network = copy.deepcopy(next(iter(run.networks.values()))).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    prepared = run.family.prepare(run.data.batch(0, 0, 1))
+    prepared = run.family.prepare(run.data.training.batch(0, 0, 1))
     latents, text = prepared.latents, prepared.conditioning["encoder_hidden_states"]
 
     def step() -> float:

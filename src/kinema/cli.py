@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
+from kinema.cli_config import REGENERATE_HELP, ConfigFile, config_command, load
+from kinema.cli_data import cache, data_app
 from kinema.errors import ConfigError, UserError
 
 app = typer.Typer(
@@ -24,8 +24,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help panels would double the time of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file; `kinema init` writes one.")]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 DISK_ADVICE = (
@@ -70,48 +68,7 @@ def _say(error: Exception) -> None:
     console.print(Text(start, style="bold red") + Text(message, style="red"))
 
 
-class ConfigCommand(TyperCommand):
-    """A command that takes a configuration and, anywhere on its line, dotted flags over it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from kinema.config.load import take_overrides
-
-        ctx.meta["overrides"], rest = take_overrides(args)
-        own = [flag for param in self.params for flag in (*param.opts, *param.secondary_opts)]
-        for argument in rest:
-            name = argument.partition("=")[0]
-            if name == "--":
-                break
-            if name.startswith("--") and name not in (*own, "--help"):
-                raise ConfigError(_unknown_flag(name, own))
-        return super().parse_args(ctx, rest)
-
-
-def _unknown_flag(name: str, own: list[str]) -> str:
-    from kinema.config.unknown import unknown_key
-    from kinema.suggest import nearest
-
-    if near := nearest(name, own, 0.8):
-        return f"unknown option {name}; did you mean {near}?"
-    return unknown_key((name.removeprefix("--").replace("-", "_"),), is_flag=True)[0]
-
-
-def _load(context: typer.Context, config: Path) -> Any:
-    from kinema.config.load import load_config
-
-    return load_config(config, context.meta["overrides"])
-
-
-def _config_command(name: str) -> Callable[[Any], Any]:
-    return app.command(
-        name,
-        cls=ConfigCommand,
-        epilog="Every value of CONFIG can be given here: --optimizer.lr 2e-5 --training.ema.decay 0.99; "
-        "`none` unsets an optional one. docs/configuration.md lists them all.",
-    )
-
-
-@_config_command("train")
+@config_command(app, "train")
 def train(
     context: typer.Context,
     config: ConfigFile,
@@ -128,12 +85,13 @@ def train(
     reset_data: Annotated[bool, typer.Option("--reset-data", help="Start the order of the data afresh.")] = False,
     reset_optimizer: Annotated[bool, typer.Option("--reset-optimizer", help="Forget the optimiser's state.")] = False,
     reset_lr: Annotated[bool, typer.Option("--reset-lr", help="Start the learning-rate schedule afresh.")] = False,
+    regenerate: Annotated[bool, typer.Option("--regenerate", help=REGENERATE_HELP)] = False,
 ) -> None:
     """Train what CONFIG describes.
 
     On several GPUs: torchrun --nproc-per-node N -m kinema train CONFIG
     """
-    loaded = _load(context, config)
+    loaded = load(context, config)
     from kinema.training.resume import ResumeOptions
 
     options = ResumeOptions(
@@ -143,22 +101,15 @@ def train(
         reset_data=reset_data,
         reset_optimizer=reset_optimizer,
         reset_lr=reset_lr,
+        regenerate=regenerate,
     )
     from kinema.training.train import train as run_training
 
     run_training(loaded, options)
 
 
-@_config_command("cache")
-def cache(context: typer.Context, config: ConfigFile) -> None:
-    """Prepare and cache the data of CONFIG.
-
-    Examines every file, lists what cannot be used and why, and caches latents and text. Trains nothing.
-    """
-    loaded = _load(context, config)
-    from kinema.training.prepare import prepare_data
-
-    prepare_data(loaded)
+app.add_typer(data_app, name="data")
+config_command(app, "cache")(cache)
 
 
 @app.command()
@@ -191,6 +142,14 @@ def sample(
         float | None, typer.Option(min=0, help="Guidance towards the given pictures, of models that have it apart.")
     ] = None,
     shift: Annotated[float | None, typer.Option(min=0, help="Time shift of the sampling schedule.")] = None,
+    motion: Annotated[
+        float | None, typer.Option(help="Motion score, written after each PROMPT as captions have it.")
+    ] = None,
+    aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score, written likewise.")] = None,
+    tell_fps: Annotated[
+        bool | None,
+        typer.Option("--tell-fps/--no-tell-fps", help="Write --fps likewise; default: with a score, if captions did."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     out: Annotated[

@@ -6,6 +6,7 @@ import torch
 from kinema.adapters.inject import add_adapter, fold_adapter
 from kinema.adapters.state import Adapter
 from kinema.config.schema import AdapterConfig
+from kinema.errors import UserError
 from kinema.families.layout import Layout
 from kinema.families.wan_names import NETWORK
 
@@ -19,7 +20,7 @@ class Names:
     def layout(self, part: str = "network") -> Layout:
         if part.startswith("network"):
             return self._layout
-        raise NotImplementedError(f"toy has no original layout of {part}")
+        raise UserError(f"toy has no original layout of {part}: only the layouts diffusers and peft can hold it.")
 
     def kohya_prefix(self, part: str) -> str:
         return "lora_unet" if part.startswith("network") else "lora_te"

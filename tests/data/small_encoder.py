@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kinema.data.batch import Encoding, Sample
 
 CHANNELS = 4
+LOADING = threading.Lock()
 
 
 class SmallEncoder:
@@ -22,6 +23,7 @@ class SmallEncoder:
 
     grid = 8
     frame_stride = 4
+    text_encoders = ("text_encoder",)
 
     def __init__(self, seed: int = 0, joint: bool = False) -> None:
         self.seed, self.joint = seed, joint
@@ -42,7 +44,7 @@ class SmallEncoder:
     def load(self, part: str, device: Any, dtype: torch.dtype | None) -> nn.Module:
         import weakref
 
-        with torch.random.fork_rng():
+        with LOADING, torch.random.fork_rng():  # ranks are threads here, and the generator is the process's
             torch.manual_seed(self.seed)
             if part == "autoencoder":
                 module: nn.Module = nn.Conv3d(3, 2 * CHANNELS, (1, 8, 8), stride=(4, 8, 8))

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from kinema.data import writer
 from kinema.data.cache import Cache, CacheFull, entry_key
 from kinema.data.facts import FactStore
-from kinema.data.segments import FORMAT, OpenSegment, frame, pack
+from kinema.data.segments import COPY_BYTES, FORMAT, OpenSegment, frame, pack
 from kinema.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -76,6 +76,15 @@ def test_sealed_shards_are_plain_safetensors_files(tmp_path: Path):
         for index in range(20):
             for name, tensor in tensors_of(index).items():
                 assert torch.equal(file.get_tensor(f"{entry_key('test', index).hex()}/{name}"), tensor)
+
+
+def test_an_entry_longer_than_a_piece_is_whole(tmp_path: Path):
+    """Its checksum is taken piece by piece, alike by what writes and by what reads."""
+    tensor = torch.arange(2 * COPY_BYTES // 4 + 1001, dtype=torch.int32)
+    with Cache(tmp_path) as cache:
+        cache.put(entry_key("odd"), {"x": torch.ones(3, dtype=torch.uint8)})
+        cache.put(entry_key("long"), {"latents": tensor, "text": tensor[:5].to(torch.int16)})
+    assert torch.equal(Cache(tmp_path).get(entry_key("long"))["latents"], tensor)
 
 
 def test_sealed_entries_are_read_without_a_copy_and_the_file_cannot_be_changed(tmp_path: Path):

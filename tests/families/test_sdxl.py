@@ -336,3 +336,38 @@ def test_trained_encoders_read_the_captions_themselves(base: Path, trained: tupl
     for part in set(trained) & set(TOKENIZERS):
         grads = [p.grad is not None for name, p in networks[part].named_parameters() if "layers.0." in name]
         assert grads and all(grads)
+
+
+def test_captions_are_dropped_for_one_encoder_alone(base: Path) -> None:
+    """Those that train are told the empty caption in the same rows as the cached text of the others would be."""
+    case = Case(variant="base-eps")
+    usual, trained = family_at(path=str(base)), ("text_encoder", "text_encoder_2")
+    family = family_at(path=str(base), train=list(trained))
+    parts = {part: usual.load(part, "cpu", torch.float32) for part in usual.variant.parts}
+    dropped = [frozenset(), frozenset({"text_encoder"}), frozenset({"text_encoder_2"}), frozenset(trained)]
+    told, untold = (encode(case, usual, parts, caption) for caption in (PROMPT, ""))
+    owner = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "pooled": "text_encoder_2"}
+    cached = [{name: (untold if owner.get(name) in row else told)[name] for name in told} for row in dropped]
+    expected = usual.prepare(batch_of(*cached)).conditioning
+    batch = batch_of(*[encode(case, family, parts, PROMPT)] * 4, captions=[PROMPT] * 4)
+    batch.dropped = dropped
+    prepared = family.prepare(batch, {part: parts[part] for part in trained})
+    assert_same(prepared.conditioning, expected, 1e-5, "conditioning")
+    rows = expected["encoder_hidden_states"]
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == 4
+
+
+def test_shares_of_dropout_are_those_of_text_encoders(base: Path, tmp_path: Path) -> None:
+    def check(shares: Any) -> None:
+        training = {"steps": 1, "caption_dropout": shares}
+        family_at(path=str(base)).validate(config_of(Case(variant="base-eps"), base, tmp_path, training=training))
+
+    for accepted in (0.1, {"text_encoder": 0.3, "text_encoder_2": 0.0}, {"text_encoder_2": 1.0}):
+        check(accepted)
+    known = r"Its text encoders: text_encoder, text_encoder_2\.$"
+    with pytest.raises(
+        ConfigError, match=rf"caption_dropout: base-eps has .* 'text_encoder_3'; did you mean .* {known}"
+    ):
+        check({"text_encoder": 0.1, "text_encoder_3": 0.1})
+    with pytest.raises(ConfigError, match=rf"no text encoder 'network'\. {known}"):
+        check({"network": 0.1})

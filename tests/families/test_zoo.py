@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,55 @@ def test_a_encoding_does_not_depend_on_the_batch(model: Model) -> None:
         for row, caption in zip(model.family.encode(encoding, needed, samples), (PROMPT, NEGATIVE), strict=True):
             for name, value in row.items():
                 assert_same(value, model.samples[caption][name], 1e-5, f"{encoding.name}: {name}")
+
+
+def test_a_each_text_encoder_is_told_by_itself(model: Model) -> None:
+    """Every text encoder has an encoding of its own. A caption that is dropped for one leaves what the others make as
+    it was, and changes other numbers of what the network is told than a caption that is dropped for another."""
+    from kinema.data.batch import Sample
+
+    case, family = model.case, model.family
+    readers = {encoding.name: encoding.text_encoder for encoding in family.encodings()}
+    encoders = [part for part in family.variant.parts if part.startswith("text_encoder")]
+    assert {part for part in readers.values() if part is not None} == set(encoders)
+
+    def told(dropped: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for encoding in family.encodings():
+            caption = "" if encoding.text_encoder == dropped else 'a sign with the words "red ball"'
+            pixels = case.clip if encoding.reads_pixels else None
+            sample = Sample(caption, pixels, case.control_pictures if encoding.controls else ())
+            (row,) = family.encode(encoding, {part: model.parts[part] for part in encoding.parts}, [sample])
+            tensors |= row
+        return dict(_leaves(family.prepare(batch_of(tensors), {}).conditioning))
+
+    if len(encoders) == 1:
+        return
+    whole = told("")
+    changes = {part: _changes(whole, told(part)) for part in encoders}
+    assert all(changes.values()), f"a dropped caption changes nothing: {changes}"
+    for one, other in itertools.combinations(changes.values(), 2):
+        for name in one.keys() & other.keys():
+            assert not (one[name] & other[name]).any(), name
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(one, f"{name}.{key}")
+
+
+def _changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which numbers of each tensor are others afterwards, where some are; all of them where its shape is another."""
+    found = {}
+    for name, value in before.items():
+        same = after[name].shape == value.shape
+        changed = after[name] != value if same else torch.ones_like(value, dtype=torch.bool)
+        if changed.any():
+            found[name] = changed
+    return found
 
 
 # -- (b) conversion and path -----------------------------------------------------------------------------------------

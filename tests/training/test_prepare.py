@@ -21,9 +21,9 @@ def test_what_cache_prepares_is_all_that_train_reads(tmp_path: Path) -> None:
 
     first = run("cache")
     assert "empty.mp4" in first
-    assert "to do" in first
+    assert "done in" in first
     assert f"11 items are ready in {tmp_path}/cache" in first  # six clips, five of them held out too
     assert not (tmp_path / "run").exists()
     again = run("cache")
-    assert "to do" not in again
-    assert "to do" not in run("train")
+    assert "done in" not in again
+    assert "done in" not in run("train")

@@ -3,10 +3,10 @@ from kinema.training.progress import Progress, due
 
 
 def steps_when_due(every: Every, total: int, examples: int = 3, steps_per_epoch: int = 5, start: int = 0) -> list[int]:
-    progress = Progress(steps_per_epoch=steps_per_epoch)
+    progress = Progress()
     found = []
     for _ in range(total):
-        after = progress.after_step(examples)
+        after = progress.after_step(examples, (progress.step + 1) / steps_per_epoch)
         if progress.step >= start and due(every, progress, after):
             found.append(after.step)
         progress = after
@@ -26,3 +26,9 @@ def test_a_resumed_run_is_due_at_the_same_steps():
     every = Every(every_epochs=0.3, every_examples=10)
     whole = steps_when_due(every, 40)
     assert [s for s in whole if s > 17] == steps_when_due(every, 40, start=17)
+
+
+def test_the_counters_survive_a_checkpoint():
+    progress = Progress(data_start=4).after_step(3, 0.25).after_step(2, 0.5)
+    assert (progress.step, progress.examples, progress.epochs, progress.data_start) == (2, 5, 0.5, 4)
+    assert Progress(**progress.to_dict()) == progress

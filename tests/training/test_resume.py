@@ -25,6 +25,9 @@ def test_free_keys_pass_silently_and_others_are_announced():
     ("change", "flag", "options"),
     [
         ({"training": {"batch_size": 8}}, "--reset-data", ResumeOptions(reset_data=True)),
+        ({"training": {"batch_size": "auto"}}, "--reset-data", ResumeOptions(reset_data=True)),
+        ({"training": {"token_budget": 4096}}, "--reset-data", ResumeOptions(reset_data=True)),
+        ({"training": {"batch_sizes": [{"size": 8, "frames": 1}]}}, "--reset-data", ResumeOptions(reset_data=True)),
         ({"model": {"text_length": 77}}, "--reset-data", ResumeOptions(reset_data=True)),
         ({"optimizer": {"type": "muon"}}, "--reset-optimizer", ResumeOptions(reset_optimizer=True)),
     ],
@@ -66,3 +69,47 @@ def test_what_dropout_draws_by_is_announced_where_there_is_dropout(dropout):
     new = {"adapter": {"dropout": dropout}, "training": {"micro_batch_size": 2}, "parallel": {"dp_shard": 2}}
     lines = ["parallel.dp_shard: 1 -> 2", "training.micro_batch_size: 4 -> 2"]
     assert compare(old, new, ResumeOptions()) == (lines if dropout else [])
+
+
+def with_sources(prefix="", workers=2, **source):
+    captions = {"prefix": prefix, "shuffle_tags": False}
+    sources = [{"path": "a", "captions": dict(captions)}, {"path": "b", "captions": dict(captions), **source}]
+    return {"data": {"captions": captions, "sources": sources, "workers": workers, "examine": "clips", "online": []}}
+
+
+def test_a_key_of_data_is_told_once():
+    """The captions of all sources are settled ones: a change of ``data.captions`` is no change of each of them."""
+    old, new = with_sources(), with_sources(prefix="sks ")
+    with pytest.raises(UserError) as error:
+        compare(old, new, ResumeOptions())
+    assert "data.captions.prefix: '' -> 'sks ' (allowed with --reset-data)" in str(error.value)
+    assert "data.sources" not in str(error.value)
+    own = with_sources()
+    own["data"]["sources"][1]["captions"]["prefix"] = "own "
+    assert compare(old, own, ResumeOptions(reset_data=True)) == ["data.sources.1.captions.prefix: '' -> 'own '"]
+
+
+def test_what_of_the_data_may_change():
+    old = with_sources(loss_weight=1.0)
+    new = with_sources(loss_weight=0.5, workers=4)
+    new["data"] |= {"examine": "trust", "online": ["text"]}
+    assert compare(old, new, ResumeOptions()) == [
+        "data.examine: 'clips' -> 'trust'",
+        "data.online: [] -> ['text']",
+        "data.sources.1.loss_weight: 1.0 -> 0.5",
+        "data.workers: 2 -> 4",
+    ]
+    fewer = with_sources()
+    del fewer["data"]["sources"][1]
+    with pytest.raises(UserError, match=r"data\.sources: .*--reset-data"):
+        compare(old, fewer, ResumeOptions())
+    with pytest.raises(UserError, match=r"data\.sources\.1\.repeats.*--reset-data"):
+        compare(old, with_sources(loss_weight=1.0, repeats=2.0), ResumeOptions())
+
+
+def test_shares_of_captions_may_become_a_table():
+    old = {"training": {"caption_dropout": 0.1}}
+    new = {"training": {"caption_dropout": {"text_encoder": 0.3, "text_encoder_2": 0.1}}}
+    assert len(compare(old, new, ResumeOptions())) == 1
+    newer = {"training": {"caption_dropout": {"text_encoder": 0.2, "text_encoder_2": 0.1}}}
+    assert compare(new, newer, ResumeOptions()) == ["training.caption_dropout.text_encoder: 0.3 -> 0.2"]

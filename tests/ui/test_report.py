@@ -224,3 +224,21 @@ def test_contrast_in_both_schemes():
             for text in ("ink", "soft", "accent", "right", "wrong"):
                 assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
         assert contrast(colours["line"], colours["ground"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("training", "sizes", "told"),
+    [
+        ({"batch_size": 4}, None, "batch4"),
+        ({"batch_size": 4}, [4, 4], "batch4"),
+        ({"batch_size": "auto"}, [5, 9], "batch5 to 9, the most that fit"),
+        ({"token_budget": 4096}, [5, 9], "batch5 to 9, at most 4096 tokens on each device"),
+    ],
+)
+def test_batches_are_told(tmp_path, training, sizes, told):
+    keys = {"run": {"dir": "x"}, "model": {"family": "wan", "path": "m"}, "data": {"sources": [{"path": "a"}]}}
+    (tmp_path / "config.toml").write_text(to_toml(Config(**keys, training={"steps": 1, **training})))
+    if sizes:
+        kept = {f"64x64x{i}": {"total": total, "device": None} for i, total in enumerate(sizes)}
+        (tmp_path / "batch_sizes.json").write_text(json.dumps(kept))
+    assert told in re.sub(r"\n\s*", "", Page(write_report(tmp_path)).text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.adapters.factors import fitted, is_whole, rank_and_alpha
-from kinema.adapters.names import Names, flat_names, from_original_layers, layout_of, original_name
+from kinema.adapters.names import Names, flat_names, from_original_layers, original_name
 from kinema.adapters.state import IA3, LOKR, LORA_A, LORA_B, MAGNITUDE, Adapter
 from kinema.adapters.targets import Modules
 from kinema.adapters.write import DIFFUSERS_FILE, HEADER, PART, PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
@@ -151,7 +151,7 @@ class _Reading:
 
     def _original_layers(self, part: str) -> set[str]:
         try:
-            layout = layout_of(self.names, part)
+            layout = self.names.layout(part)
         except UserError:
             return set()
         return {name for layer in self.modules[part] if (name := original_name(layout, layer)) is not None}
@@ -247,7 +247,7 @@ class _Reading:
             order = sorted(self.modules, key=lambda part: part != self._network())
             for part in order:
                 try:
-                    layout = layout_of(self.names, part)
+                    layout = self.names.layout(part)
                 except UserError:
                     continue
                 table = flat_names(self.modules[part], self.names.kohya_prefix(part), layout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinema.adapters.names import layout_of, original_name
+from kinema.adapters.names import original_name
 from kinema.adapters.store import Writer, groups, new_path
 from kinema.adapters.targets import adaptable_modules
 from kinema.config.layouts import LayoutName, why_not
@@ -52,7 +52,7 @@ def by_likelihood(names: Iterable[str], part: str) -> dict[str, float]:
         try:
             family = open_family(ModelConfig(family=name, variant=next(iter(family_class(name).variants))))
             layout = family.layout(part)
-        except NotImplementedError:
+        except UserError:
             scores[name] = 0.0
             continue
         known = sum(original_name(layout, one) not in (None, one) or layout.is_original([one]) for one in sample)
@@ -179,7 +179,7 @@ def write_checkpoint(
             typed[name] = value.to(wanted) if wanted is not None and value.is_floating_point() else value
         if layout == "diffusers":
             return typed
-        original = layout_of(model.family, model.part).to_original(typed)
+        original = model.family.layout(model.part).to_original(typed)
         return {f"{COMFYUI_PREFIX}{name}": value for name, value in original.items()}
 
     final = named({name: torch.empty_like(value, device="meta") for name, value in entries.items()})

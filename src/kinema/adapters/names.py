@@ -33,14 +33,6 @@ class Names(Protocol):
         """What tells the files of one expert from those of the other; empty where there is one network."""
 
 
-def layout_of(names: Names, part: str) -> Layout:
-    """The original layout of a part; UserError where the family knows none."""
-    try:
-        return names.layout(part)
-    except NotImplementedError as error:
-        raise UserError(f"{error}, so only the layouts diffusers and peft can hold its adapters.") from None
-
-
 def original_name(layout: Layout, layer: str) -> str | None:
     """The original name of a layer, of the whole where several of ours are one there; None if it has none."""
     try:
@@ -51,7 +43,7 @@ def original_name(layout: Layout, layer: str) -> str | None:
 
 def to_original_layers(adapter: Adapter, names: Names) -> Adapter:
     """The adapter by layer of the original layout. UserError for what cannot be written there."""
-    layout = layout_of(names, adapter.part)
+    layout = names.layout(adapter.part)
     nameless = [layer for layer in adapter.layers if original_name(layout, layer) is None]
     if nameless:
         raise UserError(
@@ -67,7 +59,7 @@ def to_original_layers(adapter: Adapter, names: Names) -> Adapter:
 
 def from_original_layers(adapter: Adapter, names: Names) -> Adapter:
     """The inverse of `to_original_layers`; layers that the original layout does not know keep their names."""
-    layout = layout_of(names, adapter.part)
+    layout = names.layout(adapter.part)
     if adapter.kind in ("lora", "dora"):
         found = lora_adapter(layout.adapter_from_original(adapter.lora()), adapter.part)
     else:

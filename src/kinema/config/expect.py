@@ -127,6 +127,8 @@ def _kind(slot: Slot) -> str:
         return _list(slot)
     if slot.is_mapping:
         value = slot.value()
+        if value.is_mapping or value.is_list:
+            return "a table of tables" if value.is_mapping else "a table of lists"
         if value.alternatives:
             return "a table of values"
         return f"a table of {_PLURAL[value.kind]}{_range(value.bounds)}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kinema.config.schema import BucketConfig, ModelConfig
+from kinema.config.data import BucketConfig
+from kinema.config.schema import ModelConfig
 from kinema.config.write import toml_value
 from kinema.errors import UserError
 from kinema.suggest import did_you_mean

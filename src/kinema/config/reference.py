@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kinema.config.write import toml_value
 INTRODUCTION = """\
 # Configuration
 
-*Made from the code by `make docs`; edit `src/kinema/config/schema.py` instead.*
+*Made from the code by `make docs`; edit `src/kinema/config/schema.py` and `data.py` instead.*
 
 A run is one TOML file. `kinema init FAMILY --card 24 -o lora.toml` writes a commented one. Every key has a
 default unless it says *needed*, so a LoRA takes a handful of lines:
@@ -117,8 +118,12 @@ def _table(section: type[Section], path: tuple[str, ...], is_list: bool, text: s
         dotted = ".".join(path)
         yield f"## `[[{dotted}]]`" if is_list else f"## `[{dotted}]`"
         yield ""
-        yield text
+        home = _homes()[section]
+        shorter = home != path
+        yield f"{text} The keys are those of `{'.'.join(home)}`." if shorter else text
         yield ""
+        if shorter:
+            return
     if rows:
         yield "| key | value | default | meaning |"
         yield "|---|---|---|---|"
@@ -126,6 +131,24 @@ def _table(section: type[Section], path: tuple[str, ...], is_list: bool, text: s
         yield ""
     for table in inner:
         yield from _table(*table)
+
+
+@cache
+def _homes() -> dict[type[Section], tuple[str, ...]]:
+    """Where each kind of table stands highest, which is where its keys are described."""
+    homes: dict[type[Section], tuple[str, ...]] = {}
+
+    def visit(section: type[Section], path: tuple[str, ...]) -> None:
+        if section not in homes or len(path) < len(homes[section]):
+            homes[section] = path
+        for name, field in section.model_fields.items():
+            slot = slot_of(field.annotation)
+            slot = (slot.entry(0) or slot) if slot.is_list else slot
+            if slot.is_table:
+                visit(slot.kind, (*path, name))
+
+    visit(Config, ())
+    return homes
 
 
 def _code(default: Any) -> str:

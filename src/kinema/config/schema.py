@@ -10,45 +10,23 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
+from kinema.config.data import BucketConfig, DataConfig, SourceConfig, settle_source
 from kinema.config.layouts import AdapterType, LayoutName, default_layouts, why_not
+from kinema.config.section import (
+    Count,
+    Dtype,
+    PathOrHub,
+    Probability,
+    Section,
+    Storage,
+    UserPath,
+    refuse,
+    refuse_unread,
+)
 from kinema.errors import ConfigError
 from kinema.plugins import OBJECTIVES, OPTIMIZERS, Catalog
-
-
-def _expand_home(path: Path) -> Path:
-    return path.expanduser()
-
-
-def _expand_home_text(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-Storage = Literal["fp32", "bf16", "fp16", "fp8"]
-Count = Annotated[int, Field(gt=0)]
-UserPath = Annotated[Path, AfterValidator(_expand_home)]
-"""A path on this machine: relative to the current directory, `~` is the home directory."""
-PathOrHub = Annotated[str, AfterValidator(_expand_home_text)]
-"""A path on this machine, or an id on the hub."""
-
-
-class Section(BaseModel):
-    """A table of the TOML file: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def unread(self) -> dict[str, str]:
-        """Keys that the chosen type does not read, and why. To give one is an error; the resolved configuration leaves
-        them out."""
-        return {}
-
-
-def _refuse(key: str, message: str) -> PydanticCustomError:
-    """The error of a validator that looks at several keys; the loader reports it at the line of ``key``."""
-    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
 
 
 def _check_name(catalog: Catalog, name: str, options: dict[str, Any]) -> None:
@@ -56,9 +34,9 @@ def _check_name(catalog: Catalog, name: str, options: dict[str, Any]) -> None:
     try:
         catalog.check(name)
     except ConfigError as error:
-        raise _refuse("type", str(error).removeprefix(f"{catalog.key}: ").rstrip(".")) from None
+        raise refuse("type", str(error).removeprefix(f"{catalog.key}: ").rstrip(".")) from None
     if options and catalog.is_built_in(name):
-        raise _refuse("options", f"'{name}' comes with kinema and has its own keys; options are for other packages'")
+        raise refuse("options", f"'{name}' comes with kinema and has its own keys; options are for other packages'")
 
 
 class RunConfig(Section):
@@ -195,68 +173,11 @@ class AdapterConfig(Section):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise _refuse(key, f"'{pattern}' is no regular expression: {error}") from None
+                    raise refuse(key, f"'{pattern}' is no regular expression: {error}") from None
         for key, reason in self.unread().items():
             if key in self.model_fields_set:
-                raise _refuse(key, f'type = "{self.type}" does not read it: {reason}. Leave it out.')
+                raise refuse(key, f'type = "{self.type}" does not read it: {reason}. Leave it out.')
         return self
-
-
-class SourceConfig(Section):
-    path: UserPath
-    """A folder of pictures and videos with `.txt` captions of the same name."""
-    name: str | None = None
-    """Name in reports; default: the folder's name."""
-    controls: tuple[UserPath, ...] = ()
-    """For edit models: folders of control pictures, each with a picture of the same name for every file of `path`."""
-
-
-class BucketConfig(Section):
-    """How records are sorted into (frames, height, width)."""
-
-    resolutions: tuple[Count, ...] = Field(default=(512,), min_length=1)
-    """Side lengths of a square with the bucket's area; every record is used at each."""
-    sizes: tuple[tuple[Count, Count], ...] | None = Field(default=None, min_length=1)
-    """Explicit (height, width) pairs instead of `resolutions` and aspect ratios."""
-    aspect_buckets: int = Field(default=7, gt=0)
-    """How many aspect ratios, spaced evenly in their logarithm."""
-    min_aspect: float = Field(default=0.5, gt=0)
-    """Smallest width / height."""
-    max_aspect: float = Field(default=2.0, gt=0)
-    """Largest width / height."""
-    frames: tuple[Count, ...] = Field(default=(1, 33), min_length=1)
-    """Clip lengths; a video takes the longest that it fills, a picture takes 1."""
-    fps: float | None = Field(default=16.0, gt=0)
-    """Videos are resampled to this frame rate."""
-    clip: Literal["head", "middle"] = "middle"
-    """Which stretch of a video is used."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> BucketConfig:
-        if self.min_aspect > self.max_aspect:
-            raise _refuse("min_aspect", f"{self.min_aspect} is above max_aspect = {self.max_aspect}")
-        for key, values in (("resolutions", self.resolutions), ("sizes", self.sizes or ())):
-            if len(set(values)) < len(values):
-                raise _refuse(key, "each may be given once, a repeated one would count its records twice")
-        if list(self.frames) != sorted(set(self.frames)):
-            right = ", ".join(str(count) for count in sorted(set(self.frames)))
-            raise _refuse("frames", f"give each length once, the shortest first: [{right}]")
-        return self
-
-
-class DataConfig(Section):
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Folders of media."""
-    buckets: BucketConfig = BucketConfig()
-    """Sizes and lengths."""
-    missing_caption: Literal["leave_out", "empty"] = "leave_out"
-    """A record without caption is left out and listed, or used with the empty caption."""
-    strict: bool = False
-    """Any record that is left out stops the run before it starts."""
-    cache: UserPath | None = None
-    """Directory of cached latents and text. Default: `cache` beside the run directory."""
-    workers: int = Field(default=2, ge=0)
-    """Threads that decode media while encoders run."""
 
 
 class ObjectiveConfig(Section):
@@ -293,7 +214,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> ObjectiveConfig:
         if self.t_min >= self.t_max:
-            raise _refuse("t_min", f"{self.t_min} is not below t_max = {self.t_max}")
+            raise refuse("t_min", f"{self.t_min} is not below t_max = {self.t_max}")
         return self
 
 
@@ -326,7 +247,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _matrix_lr_is_muons(self) -> OptimizerConfig:
         if self.matrix_lr is not None and self.type != "muon":
-            raise _refuse("matrix_lr", f'only type = "muon" has it, and type is "{self.type}"')
+            raise refuse("matrix_lr", f'only type = "muon" has it, and type is "{self.type}"')
         return self
 
 
@@ -344,13 +265,29 @@ class EmaConfig(Section):
     """Decay per step; early steps use min(decay, (1 + n) / (10 + n))."""
 
 
+class BatchSizeConfig(Section):
+    size: Count
+    """Samples per optimiser step, over all devices."""
+    resolution: Count | None = None
+    """Buckets of about this side length (the square root of the area, at most 1.4 times away): of several, the nearest
+    counts."""
+    frames: Count | None = None
+    """Buckets of this length. Default: any."""
+
+
 class TrainingConfig(Section):
     steps: int | None = Field(default=None, gt=0)
     """Length of the run in optimiser steps. Give this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
     """Length of the run in passes over the data."""
-    batch_size: int = Field(default=1, gt=0)
-    """Samples per optimiser step, over all devices."""
+    batch_size: Count | Literal["auto"] = 1
+    """Samples per optimiser step, over all devices. `auto`: for each bucket, the most that fit the devices' memory,
+    found by trial before the first step and kept for the whole run."""
+    batch_sizes: tuple[BatchSizeConfig, ...] = ()
+    """Other sizes of the batch for some buckets; the rest take `batch_size`."""
+    token_budget: int | None = Field(default=None, gt=0)
+    """Instead of `batch_size`: each bucket's batch is as large as fits into so many latent tokens on one device, and at
+    least 1."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Samples per forward pass on one device; the rest is accumulated. Default: all of a device's share."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -361,21 +298,29 @@ class TrainingConfig(Section):
     """Recompute each block's activations in the backward pass."""
     compile: bool = False
     """Compile the repeated blocks (torch.compile, one compilation for all blocks of a kind)."""
-    caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of samples that train with the empty caption."""
+    caption_dropout: Probability | dict[str, Probability] = 0.0
+    """Share of samples that train with the empty caption. A table gives text encoders shares of their own, which are
+    drawn independently: `caption_dropout = { text_encoder = 0.3, text_encoder_2 = 0.3 }`."""
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the weights; previews, evaluation and exports use it."""
 
     @model_validator(mode="after")
     def _agree(self) -> TrainingConfig:
         if self.steps is None and self.epochs is None:
-            raise _refuse("", "how long? Give training.steps or training.epochs")
+            raise refuse("", "how long? Give training.steps or training.epochs")
         if self.steps is not None and self.epochs is not None:
             way_out = "on the command line, the value none sets one aside: --training.steps none"
-            raise _refuse("epochs", f"give either training.steps or training.epochs, not both; {way_out}")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise _refuse("micro_batch_size", f"{self.micro_batch_size} is above batch_size = {self.batch_size}")
-        return self
+            raise refuse("epochs", f"give either training.steps or training.epochs, not both; {way_out}")
+        if self.batch_size != "auto" and self.token_budget is None:
+            largest = max(self.batch_size, *(one.size for one in self.batch_sizes), 0)
+            if self.micro_batch_size is not None and self.micro_batch_size > largest:
+                raise refuse("micro_batch_size", f"{self.micro_batch_size} is above batch_size = {largest}")
+        if self.batch_size == "auto" and self.token_budget is None and self.micro_batch_size is not None:
+            raise refuse("micro_batch_size", 'batch_size = "auto" finds how many samples fit at once; leave one out')
+        return refuse_unread(self)
+
+    def unread(self) -> dict[str, str]:
+        return {} if self.token_budget is None else {"batch_size": "token_budget stands in its place"}
 
 
 class Every(Section):
@@ -431,7 +376,7 @@ class EvaluationConfig(Every):
         names = [one.name for one in self.sets]
         for name in names:
             if names.count(name) > 1:
-                raise _refuse("sets", f"two sets are called '{name}', their metrics would be mixed up")
+                raise refuse("sets", f"two sets are called '{name}', their metrics would be mixed up")
         return self
 
 
@@ -515,11 +460,29 @@ class Config(Section):
         """The layouts of the exports: `export.layouts`, or the default for what is trained."""
         return self.export.layouts or default_layouts(self.adapter.type if self.adapter else None)
 
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Those of the training and of the held-out sets."""
+        return (*self.data.sources, *(source for one in self.evaluation.sets for source in one.sources))
+
+    @property
+    def bucket_settings(self) -> tuple[BucketConfig, ...]:
+        """The bucket settings of all sources, each once."""
+        found = [source.buckets for source in self.all_sources if source.buckets is not None]
+        return tuple(one for number, one in enumerate(found) if one not in found[:number])
+
+    @model_validator(mode="after")
+    def _settle_evaluation(self) -> Config:
+        """Held-out sources get whole tables of captions and buckets too."""
+        for one in self.evaluation.sets:
+            object.__setattr__(one, "sources", tuple(settle_source(source, self.data) for source in one.sources))
+        return self
+
     @model_validator(mode="after")
     def _layouts_hold_what_trains(self) -> Config:
         kind = self.adapter.type if self.adapter else None
         for layout in self.layouts:
             if reason := why_not(kind, layout):
                 what = "a whole network" if kind is None else f'an adapter of type "{kind}"'
-                raise _refuse("export.layouts", f"{layout} cannot hold {what}: {reason}.")
+                raise refuse("export.layouts", f"{layout} cannot hold {what}: {reason}.")
         return self

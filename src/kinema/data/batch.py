@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ class Encoding:
         """Whether the caption goes in."""
         return self.reads in ("caption", "both")
 
+    @property
+    def text_encoder(self) -> str | None:
+        """The one part that reads the caption, by which captions are dropped; None where no caption is read."""
+        readers = [part for part in self.parts if part.startswith("text_encoder")]
+        assert not self.reads_caption or len(readers) == 1, f"{self.name} reads the caption through {readers}"
+        return readers[0] if self.reads_caption else None
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -62,17 +69,28 @@ class Batch:
 
     ``tensors`` maps the names that the encodings gave to one tensor per sample (lengths may differ, text is stored
     trimmed). ``indices`` are positions in the global batch: the key of every random draw. ``weights`` are the shares
-    of the samples in the global loss: they sum to 1 over all ranks; a rank without a sample repeats one with weight 0.
+    of the samples in the global loss: 1 / (size of the global batch), times the loss weight of the sample's source; a
+    rank without a sample repeats one with weight 0.
     """
 
     step: int
     tensors: dict[str, list[torch.Tensor]]
     captions: list[str]
+    """As drawn for this use, before any is dropped; see `caption`."""
     indices: list[int]
     weights: list[float]
+    masks: list[torch.Tensor | None] = field(default_factory=list)
+    """What counts in the loss: uint8 [1, 1 or T, H, W] at the clip's size, 255 counts whole; None: everything. An empty
+    list: everything, for all samples."""
+    dropped: list[frozenset[str]] = field(default_factory=list)
+    """Text encoders that are told the empty caption instead, for each sample. An empty list: none, for all samples."""
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def caption(self, row: int, part: str) -> str:
+        """What the text encoder ``part`` is told of a sample."""
+        return "" if self.dropped and part in self.dropped[row] else self.captions[row]
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The batch of these rows: a micro-batch."""
@@ -82,9 +100,12 @@ class Batch:
             [self.captions[i] for i in rows],
             [self.indices[i] for i in rows],
             [self.weights[i] for i in rows],
+            [self.masks[i] for i in rows] if self.masks else [],
+            [self.dropped[i] for i in rows] if self.dropped else [],
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
         moved = {name: [v.to(device, non_blocking=True) for v in values] for name, values in self.tensors.items()}
-        return Batch(self.step, moved, self.captions, self.indices, self.weights)
+        masks = [mask if mask is None else mask.to(device, non_blocking=True) for mask in self.masks]
+        return replace(self, tensors=moved, masks=masks)

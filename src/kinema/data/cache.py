@@ -4,24 +4,27 @@ An entry's key is a hash of everything that its value depends on, so that a chan
 transform or encoder is a miss and never a stale hit. Each writer appends to segment files of its own
 (`kinema.data.segments`) and seals them as safetensors shards; readers merge what they find. A crash at any
 moment loses the entry that was being written; a power cut loses what the last seconds wrote.
+`kinema.data.cache_tools` verifies, prunes and measures it.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
 from kinema.sizes import readable_bytes
 
-from .segments import FRAME, KEY_BYTES, OPEN, SEALED, TEMPORARY, OpenSegment, Shard, seal, unpack
+from .cache_index import KeyIndex, chunks
+from .segments import FRAME, INDEX, KEY_BYTES, OPEN, SEALED, TEMPORARY, OpenSegment, seal, unpack
+from .shard import Shard
 from .writer import FULL, STALE_SECONDS, CacheFull, SegmentWriter, abandoned, full_message
 
 if TYPE_CHECKING:
@@ -33,8 +36,6 @@ SEGMENT_BYTES = 512 << 20
 """A segment is sealed when it has grown to so much."""
 SEGMENT_ENTRIES = 16384
 """... or holds so many entries."""
-
-T = TypeVar("T")
 
 
 def entry_key(*parts: str | float | tuple[Any, ...] | None) -> bytes:
@@ -65,10 +66,10 @@ class Cache:
         self.damaged: dict[str, str] = {}
         """Files that cannot be read, and why: what they held counts as missing."""
         self._writer = SegmentWriter(self.directory)
-        self._shards: list[Shard] = []
-        self._bases: list[int] = []
-        self._sealed: dict[bytes, int] = {}
+        self.index = KeyIndex()
+        """The entries of the sealed shards."""
         self._known: set[str] = set()
+        self._lock = threading.RLock()  # several threads may look for entries while one adds them
         self._segments: dict[str, OpenSegment] = {}
         self._loose: dict[bytes, tuple[OpenSegment, int, int]] = {}
         try:
@@ -87,38 +88,61 @@ class Cache:
         self.close()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._sealed or key in self._loose
+        return key in self._loose or key in self.index
 
     def __len__(self) -> int:
-        return len(self._sealed.keys() | self._loose.keys())
+        return len(self.index) + len(self._unsealed())
 
     def keys(self) -> Iterator[bytes]:
         """The keys of all entries that were there at the last `refresh` or were put since."""
-        yield from self._sealed.keys() | self._loose.keys()
+        yield from self.index.keys()
+        yield from self._unsealed()
+
+    def missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of ``keys`` that are not there, in their order; many times faster than asking for each."""
+        result: list[bytes] = []
+        for chunk in chunks(keys):
+            absent = chunk[self.index.numbers(chunk) < 0].tobytes()
+            rest = (absent[i : i + KEY_BYTES] for i in range(0, len(absent), KEY_BYTES))
+            result += [key for key in rest if key not in self._loose]
+        return result
+
+    def loose(self) -> dict[bytes, int]:
+        """Entries of open segments and their bytes."""
+        return {key: length for key, (_, _, length) in dict(self._loose).items()}
+
+    def _unsealed(self) -> list[bytes]:
+        return [key for key in list(self._loose) if key not in self.index]
 
     def refresh(self) -> None:
-        """See what other writers have added since."""
+        """See what other writers have added, or pruned, since."""
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
         for _ in range(3):
             names = set(os.listdir(self.directory))
-            for name in sorted(n for n in names if n.endswith(SEALED) and n not in self._known):
-                self._add_shard(name)
+            if self._known - names:
+                left = [shard for shard in self.index.shards if shard.path.name in names]
+                self.index = KeyIndex().with_shards(left)
+                self._known &= names
+            new = sorted(name for name in names - self._known if name.endswith(SEALED))
+            shards = [shard for name in new if (shard := self._open_shard(name)) is not None]
+            self.index = self.index.with_shards(shards)
+            self._known.update(shard.path.name for shard in shards)
             if not self._scan_open({n for n in names if n.endswith(OPEN)}):
                 return  # otherwise a segment has just been sealed: look again
 
-    def _add_shard(self, name: str) -> None:
+    def _open_shard(self, name: str) -> Shard | None:
         try:
             shard = Shard(self.directory / name)
         except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            return None
+        except (ValueError, OSError) as error:
             self.damaged[name] = str(error)
-            return
-        self._known.add(name)
-        base = self._bases[-1] + self._shards[-1].rows if self._shards else 0
-        self._shards.append(shard)
-        self._bases.append(base)
-        for row, key in enumerate(shard.take_keys()):
-            self._sealed.setdefault(key, base + row)
+            return None
+        self.damaged.pop(name, None)
+        return shard
 
     def _scan_open(self, names: set[str]) -> bool:
         """Read what is new in open segments; whether one vanished meanwhile."""
@@ -145,17 +169,22 @@ class Cache:
         would not reach the file, but later readers in this process: clone before you change.
         """
         for _ in range(3):
-            number = self._sealed.get(key)
-            if number is not None:
-                which = bisect.bisect_right(self._bases, number) - 1
-                shard = self._shards[which]
-                return _intact(shard.read(number - self._bases[which]), shard.path)
-            if key in self._loose:
-                segment, offset, length = self._loose[key]
-                try:
-                    return unpack(_intact(segment.read(offset, length), segment.path))
-                except FileNotFoundError:
-                    pass  # sealed since: look where it is now
+            damaged: Path | None = None
+            try:
+                for shard, row in self.index.find(key):
+                    if (tensors := shard.read(row)) is not None:
+                        return tensors
+                    damaged = shard.path
+                if (place := self._loose.get(key)) is not None:
+                    segment, offset, length = place
+                    if (payload := segment.read(offset, length)) is not None:
+                        return unpack(payload)
+                    damaged = segment.path
+            except FileNotFoundError:
+                pass  # sealed or pruned since: look where it is now
+            else:
+                if damaged is not None:
+                    raise _damaged(damaged)
             self.refresh()
         raise KeyError(key.hex())
 
@@ -164,19 +193,21 @@ class Cache:
 
         `CacheFull` where the disk is full: the entries before are intact.
         """
-        if key in self:
-            return 0
-        segment, offset, length = self._writer.append(key, tensors)
-        self._segments[segment.path.name] = segment
-        self._loose[key] = (segment, offset, length)
-        if segment.end >= self.segment_bytes or self._writer.entries >= self.segment_entries:
-            self.seal()
+        with self._lock:
+            if key in self:
+                return 0
+            segment, offset, length = self._writer.append(key, tensors)
+            self._segments[segment.path.name] = segment
+            self._loose[key] = (segment, offset, length)
+            if segment.end >= self.segment_bytes or self._writer.entries >= self.segment_entries:
+                self.seal()
         return FRAME.size + length
 
     def seal(self) -> None:
         """Turn this writer's open segment into a shard. On a full disk it stays open, and readable."""
-        if self._writer.finish():
-            self.refresh()
+        with self._lock:
+            if self._writer.finish():
+                self.refresh()
 
     def adopt(self) -> int:
         """Seal the segments of writers that are gone, and clear away what they left; how many there were."""
@@ -201,9 +232,17 @@ class Cache:
                     path.unlink()
             except OSError:
                 pass  # gone already, or not ours to remove
+        for path in self.directory.glob(f"*{INDEX}"):
+            if not path.with_suffix(SEALED).exists():
+                path.unlink(missing_ok=True)
         if count:
             self.refresh()
         return count
+
+    def writers(self) -> list[Path]:
+        """Open segments of writers that live, or may live on another machine; not those of this object."""
+        own = self._writer.segment
+        return [path for path in sorted(self.directory.glob(f"*{OPEN}")) if own is None or path != own.path]
 
     def require_space(self, needed: int) -> None:
         """`CacheFull` if the disk has less than ``needed`` bytes left."""
@@ -216,10 +255,8 @@ class Cache:
         self.seal()
 
 
-def _intact(value: T | None, path: Path) -> T:
-    if value is None:
-        raise UserError(
-            f"the cache file {path} is damaged: an entry does not match its checksum. "
-            "Delete this file and start again: only what it held is encoded anew"
-        )
-    return value
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"the cache file {path} is damaged: an entry does not match its checksum. "
+        "Delete this file and start again: only what it held is encoded anew"
+    )

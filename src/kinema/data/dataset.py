@@ -1,4 +1,4 @@
-"""A data set, ready to train on: sources are scanned, files examined, everything encoded; batches come by step.
+"""A data set, ready to train on: sources are opened, files examined, what is missing encoded; batches come by step.
 
 data = open_data(config, config.data.sources, family, world, print)
 batch = data.batch(step=0, rank=world.dp_rank, size=world.dp_size)
@@ -8,64 +8,110 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kinema.config.schema import Config, SourceConfig
-from kinema.dtypes import torch_dtype
-from kinema.randomness import generator
+from kinema.randomness import derive_seed, generator
 
-from .batch import Batch
+from .batch import Batch, Encoding
+from .buckets import Bucket
 from .cache import Cache
-from .encode import Encoder, Entry, EntryPlanner, Filler, Ranks, clip_identity, from_main, together
-from .examine import Item
+from .captions import Captioner
+from .contents import Contents
+from .encode import MASK, EntryPlanner, clip_identity
 from .facts import FactStore
-from .gather import check, gather_items, report
+from .items import Item, Items
+from .mixing import repeats_of
+from .online import OnlineEncoder
 from .prefetch import Prefetcher
-from .records import LeftOut
+from .reading import Decoded, read_item
 from .sampler import BatchOrder, rank_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Dataset", "Prefetcher", "open_data"]
+    from .gather import Gathered
+    from .records import LeftOut
+
+__all__ = ["Dataset", "Prefetcher", "Use"]
+
+
+DECISIVE = {"captions", "repeats", "weight", "regularization"}
+"""Settings of a source that decide what is trained on and do not show in its items."""
+
+
+TRIED = 256
+"""So many items are looked through for a long caption."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of an item: which caption, which clip and which draws it gets."""
+
+    index: int
+    """Number of the item."""
+    count: int
+    """How often the item was drawn before."""
+    key: tuple[int | str, ...]
+    """What keys the draws of its posterior."""
+    dropped: frozenset[str] = frozenset()
+    """Text encoders that are told the empty caption."""
 
 
 class Dataset:
-    """Items with their encodings in the cache, and the order in which they are trained on.
-
-    ``contents[i]`` is the hash of item i's file, ``keys[i]`` are its cache keys, one for each encoding, and
-    ``empty_keys[i]`` those with the empty caption (None where captions are never dropped).
-    """
+    """Items with their encodings, cached or made on line, and the order in which they are trained on."""
 
     def __init__(
         self,
-        items: Sequence[Item],
-        contents: Sequence[str],
-        keys: Sequence[tuple[bytes, ...]],
-        empty_keys: Sequence[tuple[bytes, ...]] | None,
+        items: Items,
+        gathered: Gathered,
+        captioners: Sequence[Captioner],
+        planner: EntryPlanner,
+        contents: Contents,
+        facts: FactStore,
         cache: Cache,
+        online: OnlineEncoder | None,
         *,
-        batch_size: int,
         seed: int,
         posterior: str = "sample",
-        caption_dropout: float = 0.0,
-        left_out: Sequence[LeftOut] = (),
+        caption_dropout: Mapping[str, float] | float = 0.0,
+        text_encoders: Sequence[str] = (),
+        workers: int = 0,
     ) -> None:
-        assert len(items) == len(contents) == len(keys) > 0
-        assert empty_keys is not None or caption_dropout == 0
-        self.items, self.contents, self.keys, self.empty_keys = items, contents, keys, empty_keys
-        self.cache, self.seed, self.posterior, self.caption_dropout = cache, seed, posterior, caption_dropout
-        self.left_out = tuple(left_out)
-        self.buckets = sorted({item.bucket for item in items})
-        number = {bucket: n for n, bucket in enumerate(self.buckets)}
-        self.order = BatchOrder([number[item.bucket] for item in items], batch_size, seed)
+        """``captioners``: of each source. ``caption_dropout``: of all ``text_encoders`` together, or of each by its
+        name, drawn independently. ``workers``: threads that decode what is encoded on line."""
+        assert len(items) > 0
+        self.items, self.gathered, self.captioners = items, gathered, captioners
+        self.planner, self.contents, self.facts, self.cache, self.online = planner, contents, facts, cache, online
+        self.seed, self.posterior, self.caption_dropout = seed, posterior, caption_dropout
+        self.text_encoders = frozenset(text_encoders)
+        self._pool = ThreadPoolExecutor(workers or 1, thread_name_prefix="decode") if online else None
+        self.set_batch_sizes([1] * len(items.buckets))
+
+    def set_batch_sizes(self, sizes: Sequence[int]) -> None:
+        """Settle the order: samples in the global batch of each of ``items.buckets``."""
+        configs = [source.config for source in self.items.sources]
+        counts = np.bincount(self.items.source, minlength=len(configs))
+        repeats = repeats_of(configs, [int(count) for count in counts])
+        self.order = BatchOrder(self.items.bucket, sizes, self.seed, source_of=self.items.source, repeats=repeats)
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Everything that the sources have and that is not used, each with its reason."""
+        return tuple(self.gathered.each())
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Those that occur, sorted."""
+        return self.items.buckets
 
     @cached_property
     def fingerprint(self) -> str:
@@ -74,25 +120,36 @@ class Dataset:
         Encoders and their types are no part of it: `kinema.training.resume` has rules of its own for them.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for item, content in zip(self.items, self.contents, strict=True):
-            digest.update(repr((clip_identity(item, content), item.record.caption)).encode())
+        trusted = self.contents.trust
+        for source in self.items.sources:
+            whole = source.fingerprint if trusted else None  # no row is read where there may be millions
+            digest.update(repr((whole, source.config.model_dump(include=DECISIVE))).encode())
+        for column in (self.items.source, self.items.row, self.items.bucket, self.items.start, self.items.fps):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        for item in () if trusted else self.items:
+            media, *others = (self.contents[path] for path in item.record.files)
+            digest.update(repr((clip_identity(item, media), others, item.record.captions)).encode())
         return digest.hexdigest()
 
     def global_size(self, step: int) -> int:
         """Samples in the global batch of a step."""
-        return len(self.order.batch(step)[1])
+        return self.order.global_size(step)
 
     def batch(self, step: int, rank: int = 0, size: int = 1) -> Batch:
         """A data-parallel rank's share of the global batch of a step. Depends on nothing but the arguments."""
-        chosen = self.order.batch(step)[1]
-        positions, weights = rank_share(len(chosen), rank, size)
-        dropped = [self._drops_caption(step, position) for position in positions]
-        rows = [self._sample(int(chosen[p]), (step, p), drop) for p, drop in zip(positions, dropped, strict=True)]
-        captions = [
-            "" if drop else self.items[int(chosen[p])].record.caption
-            for p, drop in zip(positions, dropped, strict=True)
+        drawn = self.order.batch(step)
+        positions, weights = rank_share(len(drawn.items), rank, size)
+        uses = [
+            Use(int(drawn.items[p]), int(drawn.uses[p]), (self.seed, step, p), self._dropped(step, p))
+            for p in positions
         ]
-        return Batch(step, _by_name(rows), captions, positions, weights)
+        return self._batch(step, uses, positions, weights)
+
+    def sample_of(self, bucket: Bucket) -> Batch:
+        """A batch of one sample of a bucket, to try things with: of its first, the one with the longest caption."""
+        first = np.flatnonzero(self.items.bucket == self.items.buckets.index(bucket))[:TRIED]
+        index = max((int(i) for i in first), key=lambda i: max(map(len, self.items[i].record.captions)))
+        return self._batch(0, [Use(index, 0, (self.seed, "ordered", index))], [0], [1.0])
 
     def ordered_batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Batch]:
         """Every item once, unshuffled, no caption dropped, one bucket a batch: for evaluation.
@@ -103,32 +160,95 @@ class Dataset:
         for chosen in self._ordered(batch_size * size):
             low, high = len(chosen) * rank // size, len(chosen) * (rank + 1) // size
             mine, weight = (chosen[low:high], 1.0) if high > low else (chosen[:1], 0.0)
-            rows = [self._sample(index, ("ordered", index), False) for index in mine]
-            captions = [self.items[index].record.caption for index in mine]
-            yield Batch(0, _by_name(rows), captions, list(mine), [weight] * len(mine))
+            uses = [Use(index, 0, (self.seed, "ordered", index)) for index in mine]
+            yield self._batch(0, uses, list(mine), [weight] * len(mine))
 
     def _ordered(self, batch_size: int) -> Iterator[list[int]]:
-        by_bucket = np.argsort(self.order.bucket_of, kind="stable")
-        for _, group in itertools.groupby(by_bucket.tolist(), key=lambda i: self.order.bucket_of[i]):
+        by_bucket = np.argsort(self.items.bucket, kind="stable")
+        for _, group in itertools.groupby(by_bucket.tolist(), key=lambda i: self.items.bucket[i]):
             indices = list(group)
             yield from (indices[i : i + batch_size] for i in range(0, len(indices), batch_size))
 
-    def _drops_caption(self, step: int, position: int) -> bool:
+    def _dropped(self, step: int, position: int) -> frozenset[str]:
+        """The text encoders whose caption is dropped in a sample of a global batch."""
         import torch
 
-        if self.caption_dropout == 0:
-            return False
-        draw = torch.rand((), generator=generator(self.seed, step, position, "caption dropout"))
-        return draw.item() < self.caption_dropout
+        if not isinstance(self.caption_dropout, Mapping):
+            if self.caption_dropout == 0:
+                return frozenset()
+            draw = torch.rand((), generator=generator(self.seed, step, position, "caption dropout"))
+            return self.text_encoders if draw.item() < self.caption_dropout else frozenset()
+        draws = {
+            name: torch.rand((), generator=generator(self.seed, step, position, "caption dropout", name)).item()
+            for name in self.caption_dropout
+        }
+        return frozenset(name for name, draw in draws.items() if draw < self.caption_dropout[name])
 
-    def _sample(self, index: int, place: tuple[int | str, int], without_caption: bool) -> dict[str, Tensor]:
+    # -- samples ---------------------------------------------------------------------------------------------------
+
+    def _batch(self, step: int, uses: Sequence[Use], indices: list[int], weights: Sequence[float]) -> Batch:
+        items = [self._item_of(use) for use in uses]
+        captions = [
+            self.captioners[item.source].choose(item.record, use.count, fps=item.clip.fps)
+            for item, use in zip(items, uses, strict=True)
+        ]
+        decoded: Iterator[Decoded] = itertools.repeat(Decoded())
+        if self._pool is not None:
+            decoded = self._pool.map(self._decode, items)
+        rows = [
+            self._sample(item, caption, use, pixels)
+            for item, caption, use, pixels in zip(items, captions, uses, decoded, strict=False)
+        ]
+        masks = [row.pop("mask", None) for row in rows]
+        factors = [self.items.sources[item.source].config.loss_weight for item in items]
+        return Batch(
+            step,
+            {name: [row[name] for row in rows] for name in rows[0]},
+            captions,
+            indices,
+            [weight * factor for weight, factor in zip(weights, factors, strict=True)],
+            masks if any(mask is not None for mask in masks) else [],
+            [use.dropped for use in uses] if any(use.dropped for use in uses) else [],
+        )
+
+    def _item_of(self, use: Use) -> Item:
+        """The item of a use, its clip settled."""
+        item = self.items[use.index]
+        if not item.spare:
+            return item
+        row = int(self.items.row[use.index])
+        words = np.random.PCG64(derive_seed(self.seed, "random clip", item.source, row, use.count))
+        later = int(words.random_raw()) % (item.spare + 1)
+        return replace(item, clip=replace(item.clip, start=item.clip.start + later), spare=0)
+
+    def _decode(self, item: Item) -> Decoded:
+        assert self.online is not None
+        return read_item(item, [one for one in self.planner.of(item) if one in self.online], self.facts)
+
+    def _sample(self, item: Item, caption: str, use: Use, decoded: Decoded) -> dict[str, Tensor]:
         """The tensors of an item, posteriors drawn: its own memory, read while nobody waits for it."""
-        keys = self.keys[index]
-        if without_caption:
-            assert self.empty_keys is not None
-            keys = self.empty_keys[index]
-        stored = {name: tensor for key in keys for name, tensor in self.cache.get(key).items()}
-        return draw_posteriors(stored, self.posterior, (self.seed, *place))
+        stored: dict[str, Tensor] = {}
+        for encoding in self.planner.of(item):
+            told = "" if encoding.text_encoder in use.dropped else caption
+            if self.online is not None and encoding in self.online:
+                stored |= self.online.encode(encoding, decoded, told)
+            else:
+                stored |= self.cache.get(self.planner.entry(encoding, item, told, self.contents).key)
+        return draw_posteriors(stored, self.posterior, use.key)
+
+    def captions_of(self, item: Item, encoding: Encoding) -> tuple[str, ...]:
+        """All captions under which an item's encoding is cached: its variants, the empty one if it may be dropped."""
+        return cached_captions(self.captioners[item.source], item, encoding, self.caption_dropout)
+
+
+def cached_captions(
+    captioner: Captioner, item: Item, encoding: Encoding, dropout: Mapping[str, float] | float
+) -> tuple[str, ...]:
+    """All captions under which one encoding of an item may be read; one empty one for what reads no caption."""
+    if encoding is MASK or not encoding.reads_caption:
+        return ("",)
+    share = dropout.get(encoding.text_encoder or "", 0.0) if isinstance(dropout, Mapping) else dropout
+    return tuple(dict.fromkeys((*captioner.variants(item.record, fps=item.clip.fps), *([""] if share > 0 else []))))
 
 
 def draw_posteriors(stored: Mapping[str, Tensor], posterior: str, key: tuple[int | str, ...]) -> dict[str, Tensor]:
@@ -147,63 +267,3 @@ def draw_posteriors(stored: Mapping[str, Tensor], posterior: str, key: tuple[int
         noise = torch.randn(tensor.shape, generator=generator(*key, "posterior", name))
         result[name] = noise.mul_(std.float()).add_(tensor.float())
     return result
-
-
-def _by_name(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def open_data(
-    config: Config,
-    sources: Sequence[SourceConfig],
-    encoder: Encoder,
-    ranks: Ranks,
-    say: Callable[[str], None] = lambda message: None,
-    *,
-    training: bool = True,
-) -> Dataset:
-    """Scan, examine and encode the media of some sources; every rank calls it and gets the same data set.
-
-    What is left out is counted and listed through ``say``. ``training`` False: no caption is ever dropped, as for a
-    held-out set. UserError where nothing can be used, where something cannot and ``data.strict`` is set, and where
-    the cache cannot be written.
-    """
-    assert config.training.precision != "auto", "the precision is settled before data is opened"
-    dropout = config.training.caption_dropout if training else 0.0
-    dtype = torch_dtype(config.training.precision)
-    directory = config.data.cache or config.run.dir.parent / "cache"
-    cache = together(ranks, lambda: Cache(directory))
-    facts = FactStore(directory)
-    for name, why in cache.damaged.items():
-        say(f"The cache file {directory / name} cannot be read ({why}): what it held is encoded anew. Delete it")
-    try:
-        items, hashes, left_out = gather_items(config, sources, encoder, ranks, facts=facts, say=say)
-        check(items, left_out, sources, config.data.strict)
-        encodings = encoder.encodings()
-        prints = from_main(ranks, lambda: {e.parts: encoder.fingerprint(e.parts) for e in encodings})
-        dtypes = {e.parts: " ".join(str(encoder.part_dtype(part, dtype)) for part in e.parts) for e in encodings}
-        planner = EntryPlanner(encodings, prints, dtypes)
-        entries = [planner.entries(i, hashes[i.record.path], i.record.caption) for i in items]
-        empty = [planner.entries(i, hashes[i.record.path], "") for i in items] if dropout > 0 else []
-        filler = Filler(cache, facts, encoder, ranks, dtype=dtype, workers=config.data.workers, say=say)
-        failed = filler.fill([entry for row in (*entries, *empty) for entry in row])
-    finally:
-        facts.close()
-    if failed:
-        gone = {str(entry.path) for entry in failed}
-        kept = [n for n, item in enumerate(items) if str(item.record.path) not in gone]
-        items, entries = [items[n] for n in kept], [entries[n] for n in kept]
-        empty = [empty[n] for n in kept] if empty else []
-        left_out = [*left_out, *failed]
-        if ranks.rank == 0:
-            report(items, left_out, sources, say, directory)
-        check(items, left_out, sources, config.data.strict)
-    return Dataset(
-        items, [hashes[i.record.path] for i in items], _keys(entries), _keys(empty) if dropout > 0 else None, cache,
-        batch_size=config.training.batch_size, seed=config.run.seed, posterior=config.model.posterior,
-        caption_dropout=dropout, left_out=left_out,
-    )  # fmt: skip
-
-
-def _keys(rows: Sequence[Sequence[Entry]]) -> list[tuple[bytes, ...]]:
-    return [tuple(entry.key for entry in row) for row in rows]

@@ -1,6 +1,7 @@
-"""Facts about files that are dear to find and cheap to keep: content hashes, what examining them gave.
+"""Facts about files that are dear to find and cheap to keep: content hashes, what probing and examining gave.
 
-They are filed under the file's path, size and modification time, so they need no upkeep, and may be lost at any time.
+They are filed under the file's location, size and modification time, so they need no upkeep, and may be lost at any
+time.
 """
 
 from __future__ import annotations
@@ -9,94 +10,206 @@ import json
 import os
 import secrets
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
-from dataclasses import asdict, replace
+from dataclasses import astuple, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .buckets import Bucket, Clip
-from .examine import Item
-from .records import MediaInfo, Record
+from .records import MediaInfo
 from .segments import write_all
 from .writer import FULL
 
-EXAMINED = "examined 1"
-"""Raise the number whenever probing or examining the same file would give something else."""
+if TYPE_CHECKING:
+    from .examine import Looked
+
+EXAMINED = "examined 2"
+PROBED = "probed 1"
+"""Raise the numbers whenever examining or probing the same file would give something else."""
+OPEN_FILES = 64
+"""So many files of facts are kept open for reading."""
+OFFSET_BITS = 40
+"""A place is the number of a file, and after it so many bits of offset."""
+SEPARATOR = b'", "'
+"""Between a key and its value, as JSON writes them; inside either, the quotation mark would be escaped."""
 
 
 class FactStore(MutableMapping[str, str]):
-    """A mapping of strings that many processes may add to, each in a file of its own under one directory."""
+    """A mapping of strings that many processes may add to, each in a file of its own under one directory.
+
+    In memory it holds where each fact is, not the fact: about 100 bytes each.
+    """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
-        self._facts: dict[str, str] = {}
-        self._read: dict[str, int] = {}
+        self._places: dict[int, int] = {}  # by a hash of the key
+        self._unwritten: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}  # of files, by name
+        self._names: list[str] = []
+        self._ends: list[int] = []  # how far each file is known
+        self._own = -1
         self._descriptor = -1
+        self._readers: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()  # several threads examine files
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what was added since, by any process. A line that is not whole yet is left for the next time."""
+        """Find what was added since, by any process. A line that is not whole yet is left for the next time."""
         for path in sorted(self.directory.glob("*.facts")):
-            done = self._read.get(path.name, 0)
-            with path.open("rb") as file:
-                file.seek(done)
-                data = file.read()
-            whole = data.rfind(b"\n") + 1
-            self._read[path.name] = done + whole
-            for line in data[:whole].splitlines():
-                try:
-                    key, value = json.loads(line)
-                except ValueError:
-                    continue  # damaged: the fact is found anew
-                self._facts[key] = value
+            number = self._number(path.name)
+            if number == self._own:
+                continue
+            try:
+                with path.open("rb") as file:
+                    self._ends[number] = self._index(number, file, self._ends[number])
+            except FileNotFoundError:
+                continue
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = len(self._names)
+            self._names.append(name)
+            self._ends.append(0)
+        return self._numbers[name]
+
+    def _index(self, number: int, file: Any, offset: int) -> int:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            key, found, _ = line.partition(SEPARATOR)
+            if found and key.startswith(b'["'):  # else damaged: the fact is found anew
+                self._places[_hashed(key[2:])] = number << OFFSET_BITS | offset
+            offset += len(line)
+        return offset
 
     def __getitem__(self, key: str) -> str:
-        return self._facts[key]
+        if key in self._unwritten:
+            return self._unwritten[key]
+        found = self._read(self._places[_hashed(_encoded(key))])
+        if found is None or found[0] != key:  # damaged, or another key of the same hash
+            raise KeyError(key)
+        return found[1]
 
     def __setitem__(self, key: str, value: str) -> None:
-        self._facts[key] = value
+        line = json.dumps([key, value]).encode() + b"\n"
         with self._lock:
             try:
                 if self._descriptor < 0:
-                    path = self.directory / f"{secrets.token_hex(6)}.facts"
-                    self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                write_all(self._descriptor, (json.dumps([key, value]).encode() + b"\n",))
+                    self._create()
+                write_all(self._descriptor, (line,))
             except OSError as error:
                 if error.errno not in FULL:
                     raise
-                self.close()  # half a line may have been written: it ends that file
+                self._finish()  # half a line may have been written: it ends that file
+                self._unwritten[key] = value
+                return
+            self._places[_hashed(_encoded(key))] = self._own << OFFSET_BITS | self._ends[self._own]
+            self._ends[self._own] += len(line)
+            self._unwritten.pop(key, None)
+
+    def _create(self) -> None:
+        name = f"{secrets.token_hex(6)}.facts"
+        self._descriptor = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._own = self._number(name)
 
     def __delitem__(self, key: str) -> None:
-        del self._facts[key]
+        """Forget a fact in this process."""
+        self[key]
+        if self._unwritten.pop(key, None) is None:
+            del self._places[_hashed(_encoded(key))]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._facts)
+        for place in list(self._places.values()):
+            if (found := self._read(place)) is not None and found[0] not in self._unwritten:
+                yield found[0]
+        yield from list(self._unwritten)
 
     def __len__(self) -> int:
-        return len(self._facts)
+        return len(self._places) + sum(_hashed(_encoded(key)) not in self._places for key in self._unwritten)
 
-    def close(self) -> None:
-        """Close the file; it is opened anew when something is added."""
+    def _read(self, place: int) -> tuple[str, str] | None:
+        """The (key, value) there; None where the file is gone or damaged."""
+        number, offset = place >> OFFSET_BITS, place & (1 << OFFSET_BITS) - 1
+        with self._lock:
+            try:
+                descriptor = self._reader(number)
+                line, size = b"", 512
+                while b"\n" not in line:
+                    line = os.pread(descriptor, size, offset)
+                    if len(line) < size and b"\n" not in line:
+                        return None
+                    size *= 4
+            except OSError:
+                return None
+        try:
+            key, value = json.loads(line[: line.index(b"\n")])
+        except ValueError:
+            return None
+        return key, value
+
+    def _reader(self, number: int) -> int:
+        if number in self._readers:
+            self._readers.move_to_end(number)
+            return self._readers[number]
+        if len(self._readers) >= OPEN_FILES:
+            os.close(self._readers.popitem(last=False)[1])
+        self._readers[number] = os.open(self.directory / self._names[number], os.O_RDONLY)
+        return self._readers[number]
+
+    def _finish(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor = self._own = -1
+
+    def close(self) -> None:
+        """Close the files; they are opened anew when something is added or read."""
+        with self._lock:
+            self._finish()
+            while self._readers:
+                os.close(self._readers.popitem()[1])
 
 
-def items_to_text(items: list[Item]) -> str:
-    """What examining one file gave, without its record."""
-    rows = [[asdict(i.info), asdict(i.bucket), asdict(i.clip), i.group, list(i.notes)] for i in items]
-    return json.dumps(rows, default=str)  # the one value that JSON does not know is a Fraction
+def _encoded(key: str) -> bytes:
+    """The key as it stands in a line, without its quotation marks."""
+    return json.dumps(key)[1:-1].encode()
 
 
-def items_from_text(record: Record, text: str) -> list[Item]:
-    """The inverse of `items_to_text`. ValueError, TypeError or KeyError where the text is of another version."""
-    return [
-        Item(replace(record, kind=info["kind"]), _info(info), Bucket(**bucket), Clip(**clip), group, tuple(notes))
-        for info, bucket, clip, group, notes in json.loads(text)
-    ]  # fmt: skip
+def _hashed(encoded: bytes) -> int:
+    """60 bits, so that the integer takes 32 bytes; of this process alone."""
+    return hash(encoded) & (1 << 60) - 1
 
 
-def _info(row: dict[str, Any]) -> MediaInfo:
-    return MediaInfo(**{**row, "time_base": Fraction(row["time_base"]), "notes": tuple(row["notes"])})
+def info_to_text(info: MediaInfo) -> str:
+    """What a file holds, as a short text."""
+    return json.dumps(_info_row(info), separators=(",", ":"))
+
+
+def info_from_text(text: str) -> MediaInfo:
+    """The inverse of `info_to_text`. ValueError, TypeError or KeyError where the text is of another version."""
+    return _info(json.loads(text))
+
+
+def looked_to_text(looked: Looked) -> str:
+    """What looking into the files of a record gave, where nothing was left out."""
+    assert looked.info is not None and not looked.left_out
+    return json.dumps([_info_row(looked.info), list(looked.notes)], separators=(",", ":"))
+
+
+def looked_from_text(text: str) -> Looked:
+    """The inverse of `looked_to_text`. ValueError, TypeError or KeyError where the text is of another version."""
+    from .examine import Looked
+
+    info, notes = json.loads(text)
+    return Looked(_info(info), tuple(notes))
+
+
+def _info_row(info: MediaInfo) -> list[Any]:
+    return [str(value) if isinstance(value, Fraction) else value for value in astuple(info)]
+
+
+def _info(row: list[Any]) -> MediaInfo:
+    names = [field.name for field in fields(MediaInfo)]
+    values = dict(zip(names, row, strict=True))
+    return MediaInfo(**{**values, "time_base": Fraction(values["time_base"]), "notes": tuple(values["notes"])})

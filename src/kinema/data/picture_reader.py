@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import local_path, open_binary
 from .records import MediaError, MediaInfo
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image | None]:
+def open_picture(location: str) -> Iterator[Image.Image | None]:
     """The opened picture (header read, pixels not yet), or None where the content is no picture.
 
     Raises MediaError for a picture that is too large or whose header or pixels turn out damaged.
@@ -31,36 +31,40 @@ def open_picture(path: Path) -> Iterator[Image.Image | None]:
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own guard counts tiles and canvases too
     Image.init()
+    path = local_path(location)
     try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with (
+            nullcontext(path) if path is not None else open_binary(location) as file,
+            Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
-                raise too_large(path, f"{image.width}x{image.height}")
+                raise too_large(location, f"{image.width}x{image.height}")
             yield image
     except UnidentifiedImageError:
         yield None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise too_large(path, str(error)) from error
+        raise too_large(location, str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(
-            f"{path} is a picture that cannot be read ({_short(error)}): "
+            f"{location} is a picture that cannot be read ({_short(error)}): "
             "the file is damaged or cut short; fetch it again or take it out",
             "unreadable picture",
         ) from error
 
 
-def too_large(path: Path, size: str) -> MediaError:
+def too_large(location: str, size: str) -> MediaError:
     return MediaError(
-        f"{path} is too large ({size}; at most {MAX_PIXELS // 10**6} megapixels are read): scale it",
+        f"{location} is too large ({size}; at most {MAX_PIXELS // 10**6} megapixels are read): scale it",
         "picture too large",
     )
 
 
-def probe_picture(path: Path, image: Image.Image, decode: bool) -> MediaInfo:
+def probe_picture(image: Image.Image, decode: bool) -> MediaInfo:
     """What an opened picture or animation holds. With ``decode`` its pixels are read too, to find damage."""
     if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
-        return _probe_animation(path, image)
+        return _probe_animation(image)
     width, height = image.size
     if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientations that lie on their side
         width, height = height, width
@@ -70,7 +74,7 @@ def probe_picture(path: Path, image: Image.Image, decode: bool) -> MediaInfo:
     return MediaInfo("image", width, height, pixel_format=pixel_format)
 
 
-def _probe_animation(path: Path, image: Image.Image) -> MediaInfo:
+def _probe_animation(image: Image.Image) -> MediaInfo:
     times, end = [], Fraction(0)
     notes: tuple[str, ...] = ()
     pixel_format = image.mode
@@ -110,19 +114,19 @@ def read_animation(image: Image.Image) -> Iterator[tuple[Fraction, Image.Image]]
         yield time, image.copy()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of any picture: upright, deep greys scaled, colour profile applied, transparency on
-    white."""
+def to_rgb(image: Image.Image, background: int = 255, profiled: bool = True) -> Image.Image:
+    """8-bit sRGB of any picture: upright, deep greys scaled, colour profile applied (unless ``profiled`` is False),
+    transparency on white or another grey ``background``."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
+    profile = image.info.get("icc_profile") if profiled else None
     if image.mode.startswith("I") or image.mode == "F":
         image = _from_deep_grey(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         colours = image.convert("RGBA")
-        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, colours).convert("RGB")
+        under = Image.new("RGBA", colours.size, (background, background, background, 255))
+        image = Image.alpha_composite(under, colours).convert("RGB")
     return _to_srgb(image, profile)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -29,23 +28,39 @@ class MediaError(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a source: a media file and its caption.
+    """One row of a source: a media file, its captions, whatever else it carries.
 
-    ``kind`` is what the file's name promises; `probe` says what the file is. ``source`` names where the
-    record comes from. ``extras`` carries whatever else the row has (mask, scores) by
-    name.
+    Files are named by their location (`kinema.data.files`): a local path, an address, or a member of a tar file.
     """
 
-    path: Path
-    caption: str
+    path: str
+    """Location of the picture or video."""
+    captions: tuple[str, ...]
+    """As the source has them, at least one; ("",) where an empty or missing one is used."""
     kind: Kind
+    """What the file's name promises; `probe` says what the file is."""
     source: str = ""
-    controls: tuple[Path, ...] = ()
-    """Pictures that an edit model is told, in their order."""
+    """Name of its source."""
+    controls: tuple[str, ...] = ()
+    """Locations of the pictures that an edit model is told, in their order."""
+    mask: str | None = None
+    """Location of its mask: a picture, or a video of as many frames."""
+    cut: tuple[float, float | None] | None = None
+    """The stretch of a video that is used: from, to, in seconds after its first frame; None: to its end."""
+    crop: tuple[int, int, int, int] | None = None
+    """The part of the frames that is used: left, top, right, bottom, in pixels of the file as shown."""
+    scores: Mapping[str, float] = field(default_factory=lambda: NO_EXTRAS)
+    """What is known of its quality: "motion", "aesthetic", "fps" (before resampling)."""
     extras: Mapping[str, Any] = field(default_factory=lambda: NO_EXTRAS, compare=False)
+    """Whatever else the row has (references, negative prompt), by the name of its column."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "extras": dict(self.extras)}  # a MappingProxyType cannot be pickled
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that goes into its encodings: the media, the control pictures, the mask."""
+        return (self.path, *self.controls, *(() if self.mask is None else (self.mask,)))
+
+    def __getstate__(self) -> dict[str, Any]:  # a MappingProxyType cannot be pickled
+        return {**self.__dict__, "scores": dict(self.scores), "extras": dict(self.extras)}
 
 
 @dataclass(frozen=True)
@@ -56,21 +71,13 @@ class LeftOut:
     ``code`` is a short, stable name of the cause ("no caption", "too short"), for counting.
     """
 
-    path: Path
+    path: str
     reason: str
     code: str
     source: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
-
-
-def count_reasons(left_out: Iterable[LeftOut]) -> dict[str, int]:
-    """How many files were left out for each cause, most frequent first."""
-    counts: dict[str, int] = {}
-    for entry in left_out:
-        counts[entry.code] = counts.get(entry.code, 0) + 1
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ length, key, CRC-32 of key and payload, payload. The payload is a safetensors fi
 serves both. A frame that is not whole (its writer was killed) ends what can be read; all before it is intact.
 
 A **shard** (``*.safetensors``) holds many entries under the names ``<key in hex>/<tensor>``, ordered by
-element size so that every tensor is aligned; its metadata holds the CRC-32 of each entry. It is read by mmap.
+element size so that every tensor is aligned; its metadata holds the checksum of each entry. `kinema.data.shard` reads
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +28,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY_BYTES = 20
-OPEN, SEALED, TEMPORARY = ".open", ".safetensors", ".tmp"
-FORMAT = "kinema cache 1"
+OPEN, SEALED, INDEX, TEMPORARY = ".open", ".safetensors", ".index", ".tmp"
+FORMAT = "kinema cache 2"
 MAGIC = b"kfr1"
 FRAME = struct.Struct(f"<4sQ{KEY_BYTES}sI")
 """magic, payload bytes, key, CRC-32 of key and payload."""
 COPY_BYTES = 1 << 24
+"""Tensors are copied, and their checksums taken, in pieces of so much."""
+LANES = 1021
+"""Lanes of `folded`: a prime, so that pages that changed places fall into other lanes, and show."""
 
 Header = dict[str, dict[str, Any]]
 """What a safetensors file says of its tensors: name -> dtype, shape, data_offsets."""
-Place = tuple[str, "torch.dtype", tuple[int, ...], tuple[int, ...]]
-"""A tensor of an entry: name, type, shape, strides."""
+Stored = tuple[str, str, Sequence[int], int, int]
+"""A tensor in a file: ``<key in hex>/<name>``, safetensors type, shape, offset in the file, bytes."""
 
 
+@lru_cache
 def torch_dtype(name: str) -> torch.dtype:
     """The torch type of a safetensors type name."""
     import torch
@@ -81,6 +87,24 @@ def checksum(pieces: Iterable[bytes | memoryview]) -> int:
     return crc
 
 
+def entry_checksum(pieces: Iterable[Any]) -> int:
+    """The checksum of an entry of a shard: CRC-32 of the folded pieces of its tensors, laid end to end."""
+    return checksum(map(folded, pieces))
+
+
+def folded(piece: Any) -> bytes:
+    """Bytes made short for a checksum: their 64-bit words added up in `LANES` lanes. As fast as memory is read, where
+    CRC-32 of everything would be most of the time that reading an entry takes. Few bytes stay as they are."""
+    words = np.frombuffer(piece, "<u8", len(piece) // 8)
+    rows = len(words) // LANES
+    if rows < 4:
+        return bytes(piece)
+    lanes = words[: rows * LANES].reshape(rows, LANES).sum(0, np.uint64)
+    rest = words[rows * LANES :]
+    lanes[: len(rest)] += rest
+    return lanes.tobytes() + bytes(piece[8 * len(words) :])
+
+
 def write_all(descriptor: int, pieces: Iterable[bytes]) -> None:
     """Write all the bytes, however many calls it takes; OSError where the disk refuses."""
     for piece in pieces:
@@ -103,21 +127,26 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def publish(path: Path, write: Callable[[int], None], owner: str) -> None:
-    """Write a file under a temporary name and make it visible, whole, by one rename."""
+def publish(path: Path, write: Callable[[int], object], owner: str, durable: bool = True) -> None:
+    """Write a file under a temporary name and make it visible, whole, by one rename.
+
+    ``durable``: a power cut afterwards does not harm it. What can be made again need not be.
+    """
     temporary = path.with_name(f"{path.name}.{owner}{TEMPORARY}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         try:
             write(descriptor)
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def frame(key: bytes, payload: bytes) -> tuple[bytes, bytes]:
@@ -195,146 +224,56 @@ def seal(segment: OpenSegment, owner: str) -> Path | None:
         entries = {key: (offset, length) for key, offset, length in OpenSegment(segment.path).scan()}
         if entries:
             with segment.path.open("rb") as file:
-                publish(path, lambda out: _write_shard(file.fileno(), entries, out), owner)
+                tensors = [row for key, place in entries.items() for row in _stored(file.fileno(), key, *place)]
+                keys = {key.hex(): None for key in entries}
+                publish(path, lambda out: write_shard(file.fileno(), keys, tensors, out), owner)
     segment.path.unlink(missing_ok=True)
     return path if path.exists() else None
 
 
-def _write_shard(source: int, entries: Mapping[bytes, tuple[int, int]], out: int) -> None:
-    """Copy the tensors of a segment's entries to a shard, largest elements first."""
-    tensors = []  # (-element size, name, dtype, shape, offset in the segment, bytes)
-    for key, (offset, length) in entries.items():
-        (header_bytes,) = struct.unpack("<Q", os.pread(source, 8, offset))
-        header, _, start = parse_header(os.pread(source, min(length, 8 + header_bytes), offset))
-        for name, info in header.items():
-            first, last = info["data_offsets"]
-            place = (
-                f"{key.hex()}/{name}",
-                info["dtype"],
-                info["shape"],
-                offset + start + first,
-                last - first,
-            )
-            tensors.append((-torch_dtype(info["dtype"]).itemsize, *place))
-    tensors.sort(key=lambda row: row[:2])
-    header, checksums, position = {}, dict.fromkeys(sorted(key.hex() for key in entries), 0), 0
-    for _, name, dtype, shape, offset, length in tensors:
+def _stored(source: int, key: bytes, offset: int, length: int) -> Iterator[Stored]:
+    """The tensors of one payload of a segment."""
+    (header_bytes,) = struct.unpack("<Q", os.pread(source, 8, offset))
+    header, _, start = parse_header(os.pread(source, min(length, 8 + header_bytes), offset))
+    for name, info in header.items():
+        first, last = info["data_offsets"]
+        yield f"{key.hex()}/{name}", info["dtype"], info["shape"], offset + start + first, last - first
+
+
+def write_shard(source: int, keys: Mapping[str, int | None], tensors: Iterable[Stored], out: int) -> list[str]:
+    """Copy the tensors of entries from one file to another, which becomes a shard; largest elements first.
+
+    ``keys``: the entries in hex, each with the checksum that it must have, where that is known. Entries that do not
+    match theirs are damaged: they are left out, and given back.
+    """
+    rows = sorted(tensors, key=lambda row: (-torch_dtype(row[1]).itemsize, row[0]))
+    checksums = dict.fromkeys(sorted(keys), 0)
+    for name, _, _, offset, length in rows:
+        key = name[: 2 * KEY_BYTES]
+        for piece in pieces(source, offset, length):
+            checksums[key] = zlib.crc32(folded(piece), checksums[key])
+    damaged = [key for key, crc in checksums.items() if keys[key] not in (None, crc)]
+    for key in damaged:
+        del checksums[key]
+    rows = [row for row in rows if row[0][: 2 * KEY_BYTES] in checksums]
+    header, position = {}, 0
+    for name, dtype, shape, _, length in rows:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
         position += length
-        key_hex = name[: 2 * KEY_BYTES]
-        for piece in _pieces(source, offset, length):
-            checksums[key_hex] = zlib.crc32(piece, checksums[key_hex])
-    metadata = {"format": FORMAT, "crc32": json.dumps(checksums, separators=(",", ":"))}
+    metadata = {"format": FORMAT, "checksums": json.dumps(checksums, separators=(",", ":"))}
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_all(out, (struct.pack("<Q", len(text)), text))
-    for *_, offset, length in tensors:
-        write_all(out, _pieces(source, offset, length))
+    for *_, offset, length in rows:
+        write_all(out, pieces(source, offset, length))
+    return damaged
 
 
-def _pieces(source: int, offset: int, length: int) -> Iterator[bytes]:
+def pieces(source: int, offset: int, length: int) -> Iterator[bytes]:
     """A stretch of a file in pieces of at most `COPY_BYTES`."""
     end = offset + length
     while offset < end:
         piece = os.pread(source, min(COPY_BYTES, end - offset), offset)
-        assert piece, "the segment became shorter while it was read"
+        assert piece, "the file became shorter while it was read"
         offset += len(piece)
         yield piece
-
-
-class Shard:
-    """A sealed file of entries, mapped when first read. Tensors are views of the private map, not copies."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the header. ValueError where the file is no whole shard."""
-        self.path = path
-        with path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else self.size
-            if 8 + length > self.size:
-                raise ValueError("its header is cut short")
-            header, metadata, data = parse_header(start + file.read(length))
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"it is not of the format '{FORMAT}'")
-        if max((info["data_offsets"][1] for info in header.values()), default=0) + data != self.size:
-            raise ValueError("it is cut short")
-        self._index(header, data, json.loads(metadata["crc32"]))
-        self._bytes: Tensor | None = None
-        self._typed: dict[torch.dtype, Tensor] = {}
-
-    def _index(self, header: Header, data: int, checksums: Mapping[str, int]) -> None:
-        """Entries as rows of arrays: a shard may hold many, and a Python object for each would weigh."""
-        places: dict[str, list[tuple[Place, int]]] = {key: [] for key in checksums}
-        for name, info in header.items():
-            key, tensor = name[: 2 * KEY_BYTES], name[2 * KEY_BYTES + 1 :]
-            first, _ = info["data_offsets"]
-            shape = tuple(info["shape"])
-            places[key].append(((tensor, torch_dtype(info["dtype"]), shape, _strides(shape)), data + first))
-        self._keys = [bytes.fromhex(key) for key in places]
-        self.rows = len(places)
-        self._layouts: list[tuple[Place, ...]] = []
-        numbers: dict[tuple[Place, ...], int] = {}
-        width = max((len(rows) for rows in places.values()), default=0)
-        self._offsets = np.zeros((len(places), width), np.int64)
-        self._layout = np.zeros(len(places), np.int32)
-        for row, tensors in enumerate(places.values()):
-            layout = tuple(place for place, _ in tensors)
-            if layout not in numbers:
-                numbers[layout] = len(self._layouts)
-                self._layouts.append(layout)
-            self._layout[row] = numbers[layout]
-            self._offsets[row, : len(tensors)] = [offset for _, offset in tensors]
-        self._checksums = np.array(list(checksums.values()), np.uint32)
-        self._verified = np.zeros(len(places), bool)
-
-    def take_keys(self) -> list[bytes]:
-        """The keys of the rows, handed over once: the cache's index keeps them."""
-        keys, self._keys = self._keys, []
-        return keys
-
-    def read(self, row: int) -> dict[str, Tensor] | None:
-        """The tensors of an entry; None where its checksum, verified at its first reading, does not hold."""
-        result = {}
-        layout, offsets = self._layouts[self._layout[row]], self._offsets[row].tolist()
-        for (name, dtype, shape, strides), offset in zip(layout, offsets, strict=False):
-            elements = self._typed.get(dtype)
-            if elements is None:
-                elements = self._view(dtype)
-            result[name] = elements.as_strided(shape, strides, offset // dtype.itemsize)
-        if not self._verified[row]:
-            if checksum(_bytes_of(tensor) for tensor in result.values()) != self._checksums[row]:
-                return None
-            self._verified[row] = True
-        return result
-
-    def _view(self, dtype: torch.dtype) -> Tensor:
-        """The whole file as elements of a type; one operation then makes a tensor of it, not three."""
-        if self._bytes is None:
-            self._bytes = _mapped(self.path, self.size)
-        whole = self.size // dtype.itemsize * dtype.itemsize
-        self._typed[dtype] = self._bytes[:whole].view(dtype)
-        return self._typed[dtype]
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
-    strides = [1]
-    for side in reversed(shape[1:]):
-        strides.insert(0, strides[0] * side)
-    return tuple(strides[: len(shape)])
-
-
-def _mapped(path: Path, size: int) -> Tensor:
-    """The bytes of a file as a uint8 tensor over a private map: pages are read when touched, the file is
-    never changed, and no file descriptor stays open."""
-    import torch
-
-    storage = torch.UntypedStorage.from_file(str(path), False, size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .files import local_path, open_binary, status
 from .records import MediaError, MediaInfo, exact_rate
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ MATRICES: dict[int, Literal["bt601", "bt709", "bt2020", "fcc", "smpte240m"]] = {
 
 
 @contextmanager
-def open_video(path: Path, stream: int | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(location: str, stream: int | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream (or the one of the given index), set up to decode.
 
     Raises MediaError where the file is no video, is damaged beyond opening, or holds no moving picture.
@@ -49,19 +49,21 @@ def open_video(path: Path, stream: int | None = None) -> Iterator[tuple[InputCon
     import av
 
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    try:
-        container = av.open(f"file:{path}", options=options, timeout=TIMEOUT)
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise _cannot_open(path, error) from error
-    try:
-        chosen = container.streams[stream] if stream is not None else choose_stream(path, container)
-        chosen.thread_type = "SLICE"
-        yield container, chosen
-    finally:
-        container.close()
+    path = local_path(location)
+    with nullcontext(f"file:{path}") if path is not None else open_binary(location) as file:
+        try:
+            container = av.open(file, options=options, timeout=TIMEOUT)
+        except (av.error.FFmpegError, ValueError, OSError) as error:
+            raise _cannot_open(location, error) from error
+        try:
+            chosen = container.streams[stream] if stream is not None else choose_stream(location, container)
+            chosen.thread_type = "SLICE"
+            yield container, chosen
+        finally:
+            container.close()
 
 
-def choose_stream(path: Path, container: InputContainer) -> VideoStream:
+def choose_stream(location: str, container: InputContainer) -> VideoStream:
     """The video stream that a viewer would be shown: no attached picture, default first, then the largest."""
     from av.stream import Disposition
 
@@ -73,36 +75,36 @@ def choose_stream(path: Path, container: InputContainer) -> VideoStream:
             key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, s.frames, -s.index),
         )
     if container.streams.audio:
-        raise MediaError(f"{path} holds sound but no video: take it out of the dataset", "audio only")
-    raise MediaError(f"{path} holds no video stream that can be decoded", "no video")
+        raise MediaError(f"{location} holds sound but no video: take it out of the dataset", "audio only")
+    raise MediaError(f"{location} holds no video stream that can be decoded", "no video")
 
 
-def _cannot_open(path: Path, error: Exception) -> MediaError:
-    with path.open("rb") as file:
+def _cannot_open(location: str, error: Exception) -> MediaError:
+    with open_binary(location) as file:
         head = file.read(4096)
-    if head[4:8] == b"ftyp" and b"moov" not in _boxes(path):
+    if head[4:8] == b"ftyp" and b"moov" not in _boxes(location):
         return MediaError(
-            f"{path} is an mp4 cut short: its index, written last, is missing; copy or download it again",
+            f"{location} is an mp4 cut short: its index, written last, is missing; copy or download it again",
             "truncated",
         )
     if _looks_like_text(head):
         return MediaError(
-            f"{path} is a text file, not a picture or video: give it its own extension or take it out",
+            f"{location} is a text file, not a picture or video: give it its own extension or take it out",
             "not media",
         )
     detail = "its format is not supported" if "whitelist" in str(error) else _detail(error)
     return MediaError(
-        f"{path} is neither a picture nor a video that can be read, or is damaged ({detail}): "
+        f"{location} is neither a picture nor a video that can be read, or is damaged ({detail}): "
         "fetch it again, convert it, or take it out",
         "unreadable",
     )
 
 
-def _boxes(path: Path) -> set[bytes]:
+def _boxes(location: str) -> set[bytes]:
     """Names of the top-level boxes of an mp4 or mov file, as far as they can be followed."""
     names: set[bytes] = set()
-    end = path.stat().st_size
-    with path.open("rb") as file:
+    end = status(location).size
+    with open_binary(location) as file:
         position = 0
         while position + 8 <= end and len(names) < 100:
             file.seek(position)
@@ -133,7 +135,7 @@ class Timeline:
     damage: str = ""
 
 
-def probe_video(path: Path, decode: bool = False) -> MediaInfo:
+def probe_video(location: str, decode: bool = False) -> MediaInfo:
     """What a video holds. Frames are counted from packets, and by decoding where that is not safe.
 
     Decoding happens with ``decode``, and when the header disagrees with the packets, timestamps are missing
@@ -141,21 +143,21 @@ def probe_video(path: Path, decode: bool = False) -> MediaInfo:
     part of the way counts the frames before the damage, and says so in ``notes``. Raises MediaError where
     there are none.
     """
-    with open_video(path) as (container, stream):
+    with open_video(location) as (container, stream):
         timeline = _timeline_of_packets(container, stream)
         index, header = stream.index, stream.frames
         rates = (stream.average_rate, stream.guessed_rate)
         time_base = stream.time_base or Fraction(1, 1000)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
     if decode or not timeline.sure:
-        first, timeline = _timeline_of_frames(path, index, timeline)
+        first, timeline = _timeline_of_frames(location, index, timeline)
     else:
-        first = _first_frame(path, index)
+        first = _first_frame(location, index)
         if first is None:
-            first, timeline = _timeline_of_frames(path, index, timeline)
+            first, timeline = _timeline_of_frames(location, index, timeline)
     if first is None or not timeline.stamps:
         raise MediaError(
-            f"{path} has a video stream, but not one frame of it can be decoded "
+            f"{location} has a video stream, but not one frame of it can be decoded "
             f"({timeline.damage or 'no frames'}): fetch it again or take it out",
             "damaged",
         )
@@ -202,18 +204,18 @@ def _timeline_of_packets(container: InputContainer, stream: VideoStream) -> Time
     return found
 
 
-def _first_frame(path: Path, index: int) -> VideoFrame | None:
+def _first_frame(location: str, index: int) -> VideoFrame | None:
     try:
-        with open_video(path, index) as (container, stream):
+        with open_video(location, index) as (container, stream):
             return next(decoded(container, stream), None)
     except MediaError:
         return None
 
 
-def _timeline_of_frames(path: Path, index: int, packets: Timeline) -> tuple[VideoFrame | None, Timeline]:
+def _timeline_of_frames(location: str, index: int, packets: Timeline) -> tuple[VideoFrame | None, Timeline]:
     """Timestamps in display order from decoding the whole stream, up to damage if there is any."""
     first, found = None, Timeline(last_duration=packets.last_duration, damage="")
-    with open_video(path, index) as (container, stream):
+    with open_video(location, index) as (container, stream):
         try:
             for frame in decoded(container, stream):
                 first = first or frame
@@ -243,7 +245,7 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         raise MediaError(_detail(error), "damaged") from error
 
 
-def frames_from(path: Path, info: MediaInfo, time: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
+def frames_from(location: str, info: MediaInfo, time: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
     """Frames in display order with their times in seconds, from one at or before ``time`` on.
 
     Seeks where that saves decoding, and believes a seek only when it lands on a key frame at or before
@@ -251,14 +253,14 @@ def frames_from(path: Path, info: MediaInfo, time: Fraction) -> Iterator[tuple[F
     """
     if info.timed and time > 1:
         for margin in SEEK_MARGINS:
-            with open_video(path, info.stream) as (container, stream):
+            with open_video(location, info.stream) as (container, stream):
                 frames = _after_seek(container, stream, info, time, margin)
                 if frames is not None:
                     yield from frames
                     return
             if margin >= time:
                 break
-    with open_video(path, info.stream) as (container, stream):
+    with open_video(location, info.stream) as (container, stream):
         for index, frame in enumerate(decoded(container, stream)):
             if not info.timed:
                 yield index / exact_rate(info.fps), frame

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from kinema.errors import UserError
 from kinema.sizes import readable_bytes
 
-from .segments import FORMAT, FRAME, OPEN, TEMPORARY, OpenSegment, frame, pack, seal, write_all
+from .segments import FORMAT, FRAME, OPEN, TEMPORARY, OpenSegment, frame, pack, seal, sync_directory, write_all
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SYNC_SECONDS = 2.0
-"""A power cut loses what was written in so many last seconds (and the entry that was being written)."""
+"""What was put is on the disk at the next put after so many seconds: a power cut loses the work of less than twice as
+many, or of the one entry that takes longer."""
 STALE_SECONDS = 24 * 3600.0
 """Segments of other machines are taken for abandoned when nothing was written to them for so long."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -133,17 +135,18 @@ class SegmentWriter:
         try:
             write_all(descriptor, (line,))
             os.replace(temporary, path)  # a segment never shows up without its first line
+            sync_directory(self.directory)
         except BaseException:
             os.close(descriptor)
             temporary.unlink(missing_ok=True)
             raise
         self._count += 1
-        self._descriptor, self.entries, self._synced = descriptor, 0, time.monotonic()
+        self._descriptor, self.entries, self._synced = descriptor, 0, -math.inf
         self.segment = OpenSegment(path, owner, end=len(line))
         return self.segment
 
     def _sync(self) -> None:
-        if time.monotonic() - self._synced > SYNC_SECONDS:
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
             os.fsync(self._descriptor)
             self._synced = time.monotonic()
 

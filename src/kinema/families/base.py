@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from kinema.config.schema import Config, ModelConfig, PartConfig
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.dtypes import torch_dtype
+from kinema.errors import UserError
 from kinema.families.layout import Layout
 
 if TYPE_CHECKING:
@@ -101,11 +102,15 @@ class NoisePath:
 
     ``native``: "velocity" (eps - x_0), "negative_velocity" (x_0 - eps), "x0", "eps", or "vp_velocity"
     (a eps - s x_0 with (a, s) = (1 - t, t) / sqrt((1 - t)^2 + t^2); Salimans and Ho 2022).
+    ``sigma_min``: how much noise is left at t = 0: x_t = (1 - t) x_0 + (1 - (1 - sigma_min)(1 - t)) eps, and
+    v = (1 - sigma_min) eps - x_0 (Lipman et al. 2023, eq. 22). This is the path above with x_0 + sigma_min eps in the
+    place of x_0.
     """
 
     native: Native = "velocity"
     t_min: float = 0.0
     t_max: float = 1.0
+    sigma_min: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,25 @@ class ResolutionShift:
     tokens_high: int = 4096
     mu_high: float = 1.15
 
-    def __call__(self, tokens: int) -> float:
+    def __call__(self, tokens: int, frames: int = 1) -> float:
+        """The shift for samples of ``tokens`` tokens in all, in ``frames`` latent frames (which this law ignores)."""
         slope = (self.mu_high - self.mu_low) / (self.tokens_high - self.tokens_low)
         return math.exp(self.mu_low + slope * (tokens - self.tokens_low))
+
+
+@dataclass(frozen=True)
+class FrameShift(ResolutionShift):
+    """A shift that is linear in the tokens of one latent frame, times the square root of the number of frames.
+
+    The defaults are Open-Sora's: 1 at 256 tokens, 3 at 4096; the ``mu`` are the shifts themselves here.
+    """
+
+    mu_low: float = 1.0
+    mu_high: float = 3.0
+
+    def __call__(self, tokens: int, frames: int = 1) -> float:
+        slope = (self.mu_high - self.mu_low) / (self.tokens_high - self.tokens_low)
+        return (self.mu_low + slope * (tokens / frames - self.tokens_low)) * math.sqrt(frames)
 
 
 @dataclass
@@ -187,6 +208,11 @@ class Family(ABC):
         return "first_frame" in self.variant.conditions
 
     @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The parts that read captions."""
+        return tuple(part for part in self.variant.parts if part.startswith("text_encoder"))
+
+    @property
     def text_length(self) -> int | None:
         """Tokens of text that the network sees; None is the pipeline's own default."""
         return self.config.text_length
@@ -197,10 +223,10 @@ class Family(ABC):
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         """Load one part (eval mode, no gradients) from wherever the configuration says; UserError if it cannot be."""
 
+    @abstractmethod
     def empty(self, part: str) -> nn.Module:
         """A part's model on the meta device, for its names and shapes: no weights are looked for. UserError where its
         configuration neither ships with kinema nor lies at the model's path."""
-        raise NotImplementedError(f"{self.name} cannot make an empty {part}")
 
     def is_here(self, part: str) -> bool:
         """Whether the weights of a part lie on this machine, where the configuration says; nothing is fetched."""
@@ -307,8 +333,10 @@ class Family(ABC):
         return arguments
 
     def layout(self, part: str = "network") -> Layout:
-        """The original layout of a part's weights."""
-        raise NotImplementedError(f"{self.name} has no original layout of {part}")
+        """The original layout of a part's weights; UserError where the family knows none."""
+        raise UserError(
+            f"{self.name} has no original layout of {part}: only the layouts diffusers and peft can hold it."
+        )
 
     @abstractmethod
     def folder(self, part: str) -> str:

@@ -90,13 +90,15 @@ class CosmosFamily(StandardFamily):
         super().validate(config)
         if config.preview.prompts and importlib.util.find_spec(GUARDRAIL) is None:
             raise ConfigError(f"preview.prompts: {_NEEDS_GUARDRAIL} Or leave the prompts out.")
-        p, frames, fps = config.model.first_frame_p, config.data.buckets.frames, config.data.buckets.fps
+        p = config.model.first_frame_p
         if p is not None and (not self.from_image or p == 0):
             told = "always" if self.from_image else "never"
             raise ConfigError(f"model.first_frame_p: {self.variant.name} is {told} given a frame. Leave the key out.")
         told_fps = self.variant.sampling.fps
-        if max(frames) > 1 and fps != told_fps and self.variant.modality == "video":
-            speed = "at their own rates" if fps is None else f"at {fps:g} frames a second"
+        for buckets in config.bucket_settings if self.variant.modality == "video" else ():
+            if max(buckets.lengths) == 1 or buckets.fps == told_fps:
+                continue
+            speed = "at their own rates" if buckets.fps is None else f"at {buckets.fps:g} frames a second"
             raise ConfigError(
                 f"data.buckets.fps: videos are read {speed}, and the network is told {told_fps:g}. "
                 f"Set data.buckets.fps = {told_fps:g}."

@@ -119,7 +119,8 @@ class Cosmos1(CosmosFamily):
     def validate(self, config: Config) -> None:
         super().validate(config)
         longest = self.frame_stride * (LATENT_FRAMES - 1) + 1
-        lengths = {"data.buckets.frames": max(config.data.buckets.frames), "preview.frames": config.preview.frames or 1}
+        asked = max(length for buckets in config.bucket_settings for length in buckets.lengths)
+        lengths = {"data.buckets.frames": asked, "preview.frames": config.preview.frames or 1}
         for key, frames in lengths.items():
             if frames > longest:
                 raise ConfigError(

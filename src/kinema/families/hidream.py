@@ -133,11 +133,11 @@ class HiDream(StandardFamily):
     # -- data ------------------------------------------------------------------------------------------------------
 
     def encodings(self) -> tuple[Encoding, ...]:
-        clip = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         length = f"length {self.text_length}"
         layers = f"{length}, {self._llama_layers} layers"
         return (
-            Encoding("clip", "caption", clip, length),
+            Encoding("clip_l", "caption", ("text_encoder", "tokenizer"), length),
+            Encoding("clip_g", "caption", ("text_encoder_2", "tokenizer_2"), length),
             Encoding("t5", "caption", ("text_encoder_3", "tokenizer_3"), length),
             Encoding("llama", "caption", ("text_encoder_4", "tokenizer_4"), layers),
             LATENTS,
@@ -149,29 +149,24 @@ class HiDream(StandardFamily):
         with torch.no_grad(), quietly():
             if encoding.name == "latents":
                 return self.encode_latents(parts["autoencoder"], samples)
-            encoders = {"clip": self._encode_clip, "t5": self._encode_t5, "llama": self._encode_llama}
-            return [encoders[encoding.name](parts, sample.caption) for sample in samples]
+            encoders = {"t5": self._encode_t5, "llama": self._encode_llama}
+            read = encoders.get(encoding.name, self._encode_clip)
+            return [read(encoding, parts, sample.caption) for sample in samples]
 
-    def _encode_clip(self, parts: Parts, caption: str) -> dict[str, Tensor]:
-        """What both pool, one after the other [C]."""
-        import torch
-
+    def _encode_clip(self, encoding: Encoding, parts: Parts, caption: str) -> dict[str, Tensor]:
+        """What one CLIP pools [C]."""
+        encoder, tokenizer = (parts[part] for part in encoding.parts)
         pipeline = self.text_pipeline(parts)
-        pooled = [
-            pipeline._get_clip_prompt_embeds(
-                parts[f"tokenizer{end}"], parts[encoder], caption, self.text_length, parts[encoder].device
-            )[0].cpu()
-            for end, encoder in (("", "text_encoder"), ("_2", "text_encoder_2"))
-        ]
-        return {"pooled": torch.cat(pooled)}
+        pooled = pipeline._get_clip_prompt_embeds(tokenizer, encoder, caption, self.text_length, encoder.device)
+        return {encoding.name.replace("clip", "pooled"): pooled[0].cpu()}
 
-    def _encode_t5(self, parts: Parts, caption: str) -> dict[str, Tensor]:
+    def _encode_t5(self, encoding: Encoding, parts: Parts, caption: str) -> dict[str, Tensor]:
         """[length, C] with its padding, which the network sees."""
         warn_if_cut(parts["tokenizer_3"], caption, self.text_length)
         pipeline, device = self.text_pipeline(parts), parts["text_encoder_3"].device
         return {"t5": pipeline._get_t5_prompt_embeds(caption, self.text_length, device)[0].cpu()}
 
-    def _encode_llama(self, parts: Parts, caption: str) -> dict[str, Tensor]:
+    def _encode_llama(self, encoding: Encoding, parts: Parts, caption: str) -> dict[str, Tensor]:
         """[layers, length, C] with its padding, which the network sees. Each layer once, though many blocks see the
         last: of the published variants 32 layers, 32 MiB in bf16 at 128 tokens."""
         warn_if_cut(parts["tokenizer_4"], caption, self.text_length)
@@ -182,10 +177,11 @@ class HiDream(StandardFamily):
     def prepare(self, batch: Batch, networks: Mapping[str, nn.Module] | None = None) -> Prepared:
         import torch
 
+        pooled = [torch.stack(batch.tensors[name]) for name in ("pooled_l", "pooled_g")]
         conditioning = {
             "encoder_hidden_states_t5": torch.stack(batch.tensors["t5"]),
             "encoder_hidden_states_llama3": torch.stack(batch.tensors["llama"], dim=1),
-            "pooled_embeds": torch.stack(batch.tensors["pooled"]),
+            "pooled_embeds": torch.cat(pooled, dim=-1),
         }
         return Prepared(torch.stack(batch.tensors["latents"]), conditioning)
 

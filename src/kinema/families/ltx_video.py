@@ -170,15 +170,17 @@ class LTXVideo(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        p, frames, fps = config.model.first_frame_p, config.data.buckets.frames, config.data.buckets.fps
+        p = config.model.first_frame_p
         if self.from_image and p == 0:
             raise ConfigError(
                 f"model.first_frame_p: {self.variant.name} makes videos from their first frame, and 0 never gives it. "
                 f"Leave the key out, or take the variant {self.variant.name.replace('i2v', 't2v')}."
             )
         told = self.variant.sampling.fps
-        if max(frames) > 1 and fps != told:
-            speed = "at their own rates" if fps is None else f"at {fps:g} frames a second"
+        for buckets in config.bucket_settings:
+            if max(buckets.lengths) == 1 or buckets.fps == told:
+                continue
+            speed = "at their own rates" if buckets.fps is None else f"at {buckets.fps:g} frames a second"
             log.warning(
                 "data.buckets.fps: clips are taken %s, and the network is told %g: set it to %g, or motion will be "
                 "learnt at another speed.",

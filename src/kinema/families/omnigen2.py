@@ -20,6 +20,7 @@ from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, V
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, Source
 from kinema.families.parts import FLUX_VAE, QWEN25_TOKENIZER, QWEN25_VL_3B, SCHEDULER
+from kinema.families.positions import longest_sides
 from kinema.families.standard import LATENTS, StandardFamily
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import padded, warn_if_cut
@@ -183,9 +184,9 @@ class OmniGen2(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        sources = [*config.data.sources, *(source for one in config.evaluation.sets for source in one.sources)]
-        pictures = max((len(source.controls) for source in sources), default=0)
-        taken = pictures * _reference_tokens(config)
+        pictures = max(len(source.controls) for source in config.all_sources)
+        longest = max(side for _, side in longest_sides(config, self.variant))
+        taken = pictures * min(math.ceil(longest / GRID), REFERENCE_SIDE // GRID)
         room = POSITIONS - 1 - taken
         if self.text_length > room:
             of_them = f", of which {pictures} control pictures take {taken}" if pictures else ""
@@ -208,13 +209,3 @@ class OmniGen2(StandardFamily):
         from kinema.families.omnigen2_tiny import write_tiny
 
         return write_tiny(directory, seed)
-
-
-def _reference_tokens(config: Config) -> int:
-    """The longest side of any bucket's control pictures as they are encoded, in tokens."""
-    buckets = config.data.buckets
-    if buckets.sizes:
-        longest: float = max(side for size in buckets.sizes for side in size)
-    else:
-        longest = max(buckets.resolutions) * math.sqrt(max(buckets.max_aspect, 1 / buckets.min_aspect))
-    return min(math.ceil(longest / GRID), REFERENCE_SIDE // GRID)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 from kinema.config.schema import Config
+from kinema.data.buckets import bucket_groups
 from kinema.errors import ConfigError
 from kinema.families.base import Variant
 
 
-def check_sides(config: Config, variant: Variant, most: int) -> None:
-    """ConfigError for buckets and previews with sides longer than ``most`` pixels.
+def longest_sides(config: Config, variant: Variant) -> list[tuple[str, int]]:
+    """(key that names the sizes, longest side of any bucket in pixels) of each source's buckets."""
+    found = []
+    for settings in config.bucket_settings:
+        groups = bucket_groups(settings, variant.grid, variant.frame_stride)
+        longest = max(max(bucket.height, bucket.width) for group in groups for bucket in group.buckets)
+        found.append((f"data.buckets.{settings.shapes_key}", longest))
+    return found
 
-    Of ``resolutions``, the longest side is that of the widest or the highest aspect ratio.
-    """
-    buckets, preview = config.data.buckets, config.preview
-    widest = math.sqrt(max(buckets.max_aspect, 1 / buckets.min_aspect))
-    sides = [("data.buckets.resolutions", math.floor(side * widest)) for side in buckets.resolutions]
-    if buckets.sizes:
-        sides = [("data.buckets.sizes", side) for size in buckets.sizes for side in size]
+
+def check_sides(config: Config, variant: Variant, most: int) -> None:
+    """ConfigError for buckets and previews with sides longer than ``most`` pixels."""
+    preview = config.preview
+    sides = longest_sides(config, variant)
     sides += [(f"preview.{name}", side) for name in ("height", "width") if (side := getattr(preview, name))]
     for key, side in sides:
         if side > most:

@@ -256,7 +256,9 @@ class QwenImage(StandardFamily):
 
     def _check_numbers_of_pictures(self, config: Config) -> None:
         numbers = {len(source.controls) for source in config.data.sources}
-        if len(numbers) > 1 and (config.training.micro_batch_size or config.training.batch_size) > 1:
+        training = config.training
+        by_hand = {training.batch_size, *(one.size for one in training.batch_sizes)} - {1}
+        if len(numbers) > 1 and training.micro_batch_size != 1 and (by_hand or training.token_budget):
             raise ConfigError(
                 f"data.sources.controls: records with {' and '.join(map(str, sorted(numbers)))} control pictures "
                 "cannot share a batch. Set training.micro_batch_size = 1, or give all sources as many folders."

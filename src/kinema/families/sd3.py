@@ -127,31 +127,30 @@ class SD3(StandardFamily):
         return self.config.text_length or T5_LENGTH
 
     def encodings(self) -> tuple[Encoding, ...]:
-        clip = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-        t5 = Encoding("t5", "caption", ("text_encoder_3", "tokenizer_3"), f"length {self.text_length}")
-        return (Encoding("clip", "caption", clip), t5, LATENTS)
+        return (
+            Encoding("clip_l", "caption", ("text_encoder", "tokenizer")),
+            Encoding("clip_g", "caption", ("text_encoder_2", "tokenizer_2")),
+            Encoding("t5", "caption", ("text_encoder_3", "tokenizer_3"), f"length {self.text_length}"),
+            LATENTS,
+        )
 
     def encode(self, encoding: Encoding, parts: Parts, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         import torch
 
         with torch.no_grad(), quietly():
-            if encoding.name == "clip":
-                return [self._encode_clip(parts, sample.caption) for sample in samples]
+            if encoding.name == "latents":
+                return self.encode_latents(parts["autoencoder"], samples)
             if encoding.name == "t5":
                 return [self._encode_t5(parts, sample.caption) for sample in samples]
-            return self.encode_latents(parts["autoencoder"], samples)
+            return [self._encode_clip(encoding, parts, sample.caption) for sample in samples]
 
-    def _encode_clip(self, parts: Parts, caption: str) -> dict[str, Tensor]:
-        """The last hidden states but one of both, side by side [77, C], and what they pool [C']."""
-        import torch
-
-        pipeline = self.text_pipeline(parts)
-        both = [
-            pipeline._get_clip_prompt_embeds(caption, device=parts[part].device, clip_model_index=number)
-            for number, part in enumerate(("text_encoder", "text_encoder_2"))
-        ]
-        embeddings, pooled = zip(*((hidden[0].cpu(), pool[0].cpu()) for hidden, pool in both), strict=True)
-        return {"clip": torch.cat(embeddings, dim=-1), "pooled": torch.cat(pooled, dim=-1)}
+    def _encode_clip(self, encoding: Encoding, parts: Parts, caption: str) -> dict[str, Tensor]:
+        """The last hidden states but one of one CLIP [77, C], and what it pools [C']."""
+        encoder, tokenizer = (parts[part] for part in encoding.parts)
+        # The pipeline reads both alike, but the type of its result from the first: so either is its first here.
+        pipeline = self.text_pipeline({"text_encoder": encoder, "tokenizer": tokenizer})
+        hidden, pooled = pipeline._get_clip_prompt_embeds(caption, device=encoder.device)
+        return {encoding.name: hidden[0].cpu(), encoding.name.replace("clip", "pooled"): pooled[0].cpu()}
 
     def _encode_t5(self, parts: Parts, caption: str) -> dict[str, Tensor]:
         """[length, C] with its padding: T5 and the network see it as they do text."""
@@ -165,7 +164,11 @@ class SD3(StandardFamily):
     def prepare(self, batch: Batch, networks: Mapping[str, nn.Module] | None = None) -> Prepared:
         import torch
 
-        clip, t5, pooled = (torch.stack(batch.tensors[name]) for name in ("clip", "t5", "pooled"))
+        def stacked(*names: str) -> Tensor:
+            """Side by side."""
+            return torch.cat([torch.stack(batch.tensors[name]) for name in names], dim=-1)
+
+        clip, t5, pooled = stacked("clip_l", "clip_g"), stacked("t5"), stacked("pooled_l", "pooled_g")
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         conditioning = {"encoder_hidden_states": torch.cat([clip, t5], dim=1), "pooled_projections": pooled}
         return Prepared(torch.stack(batch.tensors["latents"]), conditioning)

@@ -157,7 +157,8 @@ class SDXL(StandardFamily):
                     pool = torch.stack(batch.tensors["pooled"])
             else:
                 assert networks is not None, f"the batch lacks what {part} makes of the captions"
-                states, pool = _read(networks[part], self._tokenizers[part], batch.captions)
+                captions = [batch.caption(row, part) for row in range(len(batch))]
+                states, pool = _read(networks[part], self._tokenizers[part], captions)
             hidden.append(states)
             pooled = pool if pool is not None else pooled
         states = torch.cat([one.to(hidden[-1].dtype) for one in hidden], dim=-1)

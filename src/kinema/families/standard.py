@@ -14,7 +14,7 @@ from kinema.data.batch import Encoding, Sample
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family, Parts, Variant
-from kinema.families.checks import check_controls, check_options, check_sizes
+from kinema.families.checks import check_controls, check_dropout, check_options, check_sizes
 from kinema.families.identity import part_identity
 from kinema.families.layout import Layout
 from kinema.families.loading import (
@@ -241,6 +241,7 @@ class StandardFamily(Family):
         check_options(config, self.name, self.options)
         check_sizes(config, self.variant)
         check_controls(config, self.variant)
+        check_dropout(config, self.variant)
         self._check_parts(config)
         self._check_trained(config)
         for part in self.needed_parts(config):

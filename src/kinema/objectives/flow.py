@@ -12,6 +12,7 @@ from kinema.data.batch import Batch
 from kinema.families.base import Family, Native
 from kinema.families.prediction import native_target
 from kinema.objectives.base import Denoiser, Draws, Loss
+from kinema.objectives.mask import kept_latents, masked_mean
 from kinema.objectives.time import TimeLaw
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ def pointwise_error(prediction: Tensor, target: Tensor, config: ObjectiveConfig)
         delta = config.huber_delta
         return 2 * delta * squared / ((squared + delta**2).sqrt() + delta)
     return squared
-
-
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of each sample [B, ...] over what the mask [B, 1, ...] keeps; 0 where it keeps nothing."""
-    if mask is None:
-        return values.flatten(1).mean(1)
-    mask = mask.expand_as(values)
-    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
 def loss_weight(kind: str, t: Tensor, native: Native, gamma: float) -> Tensor:
@@ -89,26 +82,29 @@ class FlowMatching:
     def _loss(self, batch: Batch, student: Denoiser, draws: Draws, quantile: float | None) -> Loss:
         prepared = student.prepare(batch)
         x_0 = prepared.latents
-        tokens = student.tokens(x_0)
+        size = student.tokens(x_0), x_0.shape[2]
         law = self.law.within(*student.time_range)
         eps = draws.normal(batch, x_0, "noise")
         u = draws.uniform(batch, x_0.device, "time")
         if quantile is None:
             # Experts share the range of times: one of them takes the whole step, as often as its times come up.
-            student = student.at(float(law.quantile(draws.shared("expert"), tokens)))
+            student = student.at(float(law.quantile(draws.shared("expert"), *size)))
             law = law.within(*student.time_range)
         else:
             u = u.new_full(u.shape, quantile)
-            student = student.at(float(law.quantile(u[0], tokens)))
-        t = law.quantile(u, tokens).to(x_0.dtype)
+            student = student.at(float(law.quantile(u[0], *size)))
+        t = law.quantile(u, *size).to(x_0.dtype)
 
         t_at = t.view(-1, 1, 1, 1, 1)
         if prepared.given is not None:
             t_at = t_at * (1 - prepared.given)  # what is given is clean
+        if student.path.sigma_min:
+            left = student.path.sigma_min * eps
+            x_0 = x_0 + (left if prepared.given is None else left * (1 - prepared.given))
         x_t = (1 - t_at) * x_0 + t_at * eps
         prediction = student.predict(x_t, t if prepared.given is None else t_at, prepared.conditioning)
         target = native_target(student.path, x_0, eps, t)
-        kept = None if prepared.given is None else 1 - prepared.given
+        kept = kept_latents(batch.masks, x_0, prepared.given)
         per_sample = masked_mean(pointwise_error(prediction, target, self.config), kept)
         per_sample = per_sample * loss_weight(self.weighting, t, student.path.native, self.config.min_snr_gamma).to(
             per_sample

@@ -46,13 +46,14 @@ class TimeLaw:
         """This law conditioned on [t_min, t_max] too."""
         return replace(self, t_min=max(self.t_min, t_min), t_max=min(self.t_max, t_max))
 
-    def shift_for(self, tokens: int) -> float:
-        """The shift for samples of this many tokens."""
-        return self.shift(tokens) if isinstance(self.shift, ResolutionShift) else self.shift
+    def shift_for(self, tokens: int, frames: int = 1) -> float:
+        """The shift for samples of this many tokens in this many latent frames."""
+        return self.shift(tokens, frames) if isinstance(self.shift, ResolutionShift) else self.shift
 
-    def quantile(self, u: Tensor, tokens: int) -> Tensor:
-        """Q(u) for u in [0, 1], float64: the inverse of the law's distribution function."""
-        shift = self.shift_for(tokens)
+    def quantile(self, u: Tensor, tokens: int, frames: int = 1) -> Tensor:
+        """Q(u) for u in [0, 1], float64: the inverse of the law's distribution function, for samples of this many
+        tokens in this many latent frames."""
+        shift = self.shift_for(tokens, frames)
         low, high = self._cumulative(self.t_min, shift), self._cumulative(self.t_max, shift, inclusive=True)
         u = low + (high - low) * u.double()
         return shifted(self._unshifted(u), shift).clamp(self.t_min, self.t_max)

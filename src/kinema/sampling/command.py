@@ -21,6 +21,8 @@ from kinema.sampling.request import (
     defaults_of_run,
     defaults_of_variant,
     distinct_slugs,
+    told,
+    told_scores,
 )
 from kinema.sampling.weights import Weights, find_weights
 from kinema.suggest import did_you_mean
@@ -52,6 +54,9 @@ def sample(
     guidance: float | None = None,
     image_guidance: float | None = None,
     shift: float | None = None,
+    motion: float | None = None,
+    aesthetic: float | None = None,
+    tell_fps: bool | None = None,
     seed: int = 0,
     num_samples: int = 1,
     out: Path | str | None = None,
@@ -62,8 +67,9 @@ def sample(
     """Write ``num_samples`` files for each prompt, with the seeds ``seed``, ``seed`` + 1, ...; returns their paths.
 
     Files are ``OUT/<prompt's words>-<seed>.mp4``, or ``.png`` where ``frames`` is 1; `index.jsonl` beside them has a
-    line for each. What is None is the run's preview setting, or what the variant's authors use. UserError, before
-    anything is loaded, for what cannot be made.
+    line for each. ``motion``, ``aesthetic`` and the frame rate are written after each prompt as captions have them (see
+    `kinema.sampling.request.told_scores`). What else is None is the run's preview setting, or what the variant's
+    authors use. UserError, before anything is loaded, for what cannot be made.
     """
     if not prompts:
         raise UserError("Give at least one prompt.")
@@ -87,6 +93,7 @@ def sample(
     check_size(weights.family, wanted.height, wanted.width, wanted.frames)
     check_images(weights.family, images)
     check_image_guidance(weights.family, image_guidance)
+    scores = told_scores(weights.config, wanted.frames, wanted.fps, motion, aesthetic, tell_fps)
     folder = Path(out) if out is not None else (run / "samples" if run else Path("samples"))
     settings = [
         SampleSettings(
@@ -103,7 +110,7 @@ def sample(
             shift=shift,
             text_length=weights.family.text_length,
         )
-        for prompt in dict.fromkeys(prompts)  # each once, however often it was given
+        for prompt in dict.fromkeys(told(prompts, scores))  # each once, however often it was given
         for one_seed in range(seed, seed + num_samples)
     ]
     return _write_all(folder, weights, settings, fps=wanted.fps, device=device, dtype=dtype)

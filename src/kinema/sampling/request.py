@@ -6,14 +6,17 @@ Nothing here imports torch: a size that the model cannot make is refused within 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kinema.config.data import BucketConfig
 from kinema.config.schema import Config
-from kinema.data.buckets import size_for
+from kinema.data.buckets import Bucket, bucket_groups
+from kinema.data.captions import with_scores
 from kinema.errors import UserError
 from kinema.families.base import Family, SamplingDefaults
 
@@ -34,17 +37,14 @@ def defaults_of_variant(family: Family) -> RunDefaults:
 
 def defaults_of_run(config: Config, family: Family) -> RunDefaults:
     """The run's preview settings; size and length from its first resolution and its longest clips."""
-    buckets, preview = config.data.buckets, config.preview
-    if buckets.sizes:
-        height, width = buckets.sizes[0]
-    else:
-        aspect = min(max(1.0, buckets.min_aspect), buckets.max_aspect)
-        height, width = size_for(aspect, buckets.resolutions[0] ** 2, family.grid)
+    learnt = next(source for source in config.data.sources if not source.regularization)
+    buckets, preview = learnt.buckets or config.data.buckets, config.preview
+    size = _usual_size(buckets, family)
     image = family.variant.modality == "image"
     return RunDefaults(
-        height=preview.height or height,
-        width=preview.width or width,
-        frames=preview.frames or (1 if image else max(buckets.frames)),
+        height=preview.height or size.height,
+        width=preview.width or size.width,
+        frames=preview.frames or (1 if image else size.frames),
         fps=preview.fps or buckets.fps or family.variant.sampling.fps,
         steps=preview.steps,
         guidance=family.variant.sampling.guidance if preview.guidance is None else preview.guidance,
@@ -53,6 +53,17 @@ def defaults_of_run(config: Config, family: Family) -> RunDefaults:
         ),
         negative=preview.negative_prompt,
     )
+
+
+def _usual_size(config: BucketConfig, family: Family) -> Bucket:
+    """The bucket that stands for a configuration: the first of explicit sizes, else of the first resolution the one
+    nearest to a square, with the longest clips."""
+    buckets = bucket_groups(config, family.grid, family.frame_stride)[0].buckets
+    if config.sizes is not None:
+        height, width = config.sizes[0][:2]
+        return max(b for b in buckets if (b.height, b.width) == (height, width))
+    longest = max(bucket.frames for bucket in buckets)
+    return min((b for b in buckets if b.frames == longest), key=lambda b: abs(math.log(b.width / b.height)))
 
 
 def check_size(family: Family, height: int, width: int, frames: int, prefix: str = "--") -> None:
@@ -101,6 +112,32 @@ def check_image_guidance(family: Family, scale: float | None, name: str = "--ima
     """UserError if a scale is given and the family's pipeline has none."""
     if scale is not None and family.variant.sampling.image_guidance is None:
         raise UserError(f"{name}: {family.variant.name} has no guidance of its own for pictures; leave it away.")
+
+
+def told_scores(
+    config: Config | None, frames: int, fps: float, motion: float | None, aesthetic: float | None, tell_fps: bool | None
+) -> dict[str, float]:
+    """The scores that a prompt is to end with, by name: those asked for. UserError for what is no score.
+
+    ``tell_fps`` None: the frame rate is told beside another score, unless the request is of a run (``config``) whose
+    captions did not tell it, or of a picture.
+    """
+    scores = {name: value for name, value in (("motion", motion), ("aesthetic", aesthetic)) if value is not None}
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise UserError(f"--{name} {value:g}: a score is a number, such as the captions of the training had.")
+    if tell_fps and frames == 1:
+        raise UserError("--tell-fps: a picture has no frame rate; leave it away.")
+    if tell_fps is None:
+        trained = [] if config is None else [one.captions for one in config.data.sources if one.captions is not None]
+        known = config is None or any("fps" in captions.scores for captions in trained)
+        tell_fps = bool(scores) and frames > 1 and known
+    return {"fps": fps, **scores} if tell_fps else scores
+
+
+def told(prompts: Sequence[str], scores: Mapping[str, float]) -> list[str]:
+    """The prompts as the network is told them: with the scores said after each, in the words of the captions."""
+    return [with_scores(prompt, scores, tuple(scores)) for prompt in prompts]
 
 
 def check_previews(config: Config, family: Family) -> None:

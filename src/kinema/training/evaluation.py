@@ -22,10 +22,12 @@ def evaluate(
     seed: int,
     world: World,
 ) -> dict[str, float]:
-    """``{name}/loss_quantile_0.10`` ... ``_0.90`` and their mean ``{name}/loss``: means over the records of the set.
+    """``{name}/loss_quantile_0.10`` ... ``_0.90`` and their mean ``{name}/loss``: means over the records of the set,
+    each over what its mask keeps.
 
-    ``batches`` are this rank's; the weights of a batch are 1 for a record and 0 for one that only pads. Noise is keyed
-    by the record's place in the set, so no draw of the training is touched and every evaluation sees the same.
+    ``batches`` are this rank's; a record weighs what the loss of its source does, one that only pads weighs nothing.
+    Noise is keyed by the record's place in the set, so no draw of the training is touched and every evaluation sees the
+    same.
     """
     import torch
 
@@ -39,6 +41,6 @@ def evaluate(
                 totals[i] += (loss.per_sample.double().cpu() * weights).sum()
             totals[-1] += weights.sum()
     totals = world.all_reduce_sum(totals)
-    losses = (totals[:-1] / totals[-1].clamp(min=1)).tolist()
+    losses = (totals[:-1] / (totals[-1].item() or 1.0)).tolist()
     result = {f"{name}/loss_quantile_{q:.2f}": value for q, value in zip(QUANTILES, losses, strict=True)}
     return {**result, f"{name}/loss": sum(losses) / len(losses)}

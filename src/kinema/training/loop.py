@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,23 @@ if TYPE_CHECKING:
 NON_FINITE_LIMIT = 20
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in one step."""
+
+    batch: Batch
+    """Its share of the global batch."""
+    examples: int
+    """Samples in the global batch."""
+    micro_batch_size: int | None
+    """Samples per forward pass; None: the whole share."""
+    epochs: float
+    """Passes over the data once the step is done."""
+
+
 @dataclass
 class Trainer:
-    """Everything that a step touches. Made by ``train.build``."""
+    """Everything that a step touches."""
 
     config: Config
     world: World
@@ -44,8 +58,8 @@ class Trainer:
     objective: Objective
     optimizers: list[torch.optim.Optimizer]
     compute_dtype: torch.dtype
-    total_steps: int
     progress: Progress
+    total_steps: int = 0
     ema: Ema | None = None
     scale: LossScale | None = None
     accumulating: Callable[[bool], AbstractContextManager[None]] = lambda last: contextlib.nullcontext()
@@ -70,50 +84,35 @@ class StepResult:
 
 def run_steps(
     trainer: Trainer,
-    batches: Iterator[tuple[Batch, int]],
+    batches: Iterator[Work],
     requests: Requests,
     after_step: Callable[[Progress, StepResult, float], None],
 ) -> None:
     """Step until the end of the run or until asked to quit.
 
-    ``batches`` yields this rank's batch and the size of the global batch. ``after_step(before, result, seconds)`` logs,
-    evaluates, previews, exports and saves.
+    ``after_step(before, result, seconds)`` logs, evaluates, previews, exports and saves.
     """
     while trainer.progress.step < trainer.total_steps:
         started = time.perf_counter()
-        batch, examples = next(batches)
-        result = train_step(trainer, batch, examples, requests.take(trainer.world.is_main))
-        before, trainer.progress = trainer.progress, trainer.progress.after_step(examples)
+        work = next(batches)
+        result = train_step(trainer, work, requests.take(trainer.world.is_main))
+        before, trainer.progress = trainer.progress, trainer.progress.after_step(work.examples, work.epochs)
         after_step(before, result, time.perf_counter() - started)
         if result.asked & QUIT:
             return
 
 
-def train_step(trainer: Trainer, batch: Batch, examples: int, asked: int) -> StepResult:
-    """One optimiser step on a global batch of ``examples`` samples, of which ``batch`` is this rank's share."""
+def train_step(trainer: Trainer, work: Work, asked: int) -> StepResult:
+    """One optimiser step on a global batch, of which ``work`` is this rank's share."""
     import torch
 
     t, world, training = trainer, trainer.world, trainer.config.training
     step = t.progress.step
-    draws = Draws(t.config.run.seed, step)
     factor = lr_factor(t.config.schedule, step - t.progress.lr_start, t.total_steps - t.progress.lr_start)
     lr = set_lr(t.optimizers, factor)
 
-    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
-    sums: dict[str, torch.Tensor] = {}
-    micro_batches = split(batch, training.micro_batch_size, -(-examples // world.dp_size))
-    for i, micro in enumerate(micro_batches):
-        # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
-        torch.manual_seed(derive_seed(t.config.run.seed, step, micro.indices[0], "dropout"))
-        with t.accumulating(i == len(micro_batches) - 1):
-            # The cache would keep casts of all weights, which sharding is there to avoid.
-            cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
-            with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
-                loss = t.objective(micro.to(world.device), t.networks, draws)
-            (loss.total if t.scale is None else loss.total * t.scale.value).backward()
-        loss_sum += loss.total.detach()
-        for name, value in loss.metrics.items():
-            sums[name] = sums.get(name, 0) + value.detach()
+    micro_batches = split(work.batch, work.micro_batch_size, -(-work.examples // world.dp_size))
+    loss_sum, sums = accumulate_gradients(t, micro_batches, Draws(t.config.run.seed, step))
 
     parameters = [p for p in t.parameters.values() if p.grad is not None]
     if t.scale is not None:
@@ -137,6 +136,31 @@ def train_step(trainer: Trainer, batch: Batch, examples: int, asked: int) -> Ste
     _count_non_finite(t, finite, step)
     asked = (save > 0) * 1 + (quit_ > 0) * 2
     return StepResult(loss_value, norm, lr, asked, dict(zip(sums, metrics, strict=True)))
+
+
+def accumulate_gradients(
+    trainer: Trainer, micro_batches: Sequence[Batch], draws: Draws, exchange: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Forward and backward; returns this rank's sums of the loss and of the metrics. ``exchange`` False: gradients of
+    replicated weights are not summed over ranks."""
+    import torch
+
+    t, world = trainer, trainer.world
+    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
+    sums: dict[str, torch.Tensor] = {}
+    for i, micro in enumerate(micro_batches):
+        # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
+        torch.manual_seed(derive_seed(draws.seed, draws.step, micro.indices[0], "dropout"))
+        with t.accumulating(exchange and i == len(micro_batches) - 1):
+            # The cache would keep casts of all weights, which sharding is there to avoid.
+            cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
+            with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
+                loss = t.objective(micro.to(world.device), t.networks, draws)
+            (loss.total if t.scale is None else loss.total * t.scale.value).backward()
+        loss_sum += loss.total.detach()
+        for name, value in loss.metrics.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    return loss_sum, sums
 
 
 def split(batch: Batch, micro_batch_size: int | None, share: int) -> list[Batch]:

@@ -43,12 +43,16 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 def check_shares(config: Config, world: World) -> None:
     """UserError for a global batch that leaves devices without a sample."""
-    size = config.training.batch_size
-    if size < world.dp_size:
-        raise UserError(
-            f"training.batch_size = {size} is the batch over all devices, and this run has {world.dp_size}: "
-            f"{world.dp_size - size} of them would have nothing to do. Set it to a multiple of {world.dp_size}."
-        )
+    training = config.training
+    given = [(f"training.batch_sizes.{i}.size", rule.size) for i, rule in enumerate(training.batch_sizes)]
+    if training.batch_size != "auto" and training.token_budget is None:
+        given.insert(0, ("training.batch_size", training.batch_size))
+    for key, size in given:
+        if size < world.dp_size:
+            raise UserError(
+                f"{key} = {size} is the batch over all devices, and this run has {world.dp_size}: "
+                f"{world.dp_size - size} of them would have nothing to do. Set it to a multiple of {world.dp_size}."
+            )
 
 
 def make_writable(directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kinema.config.schema import Every
@@ -14,28 +14,18 @@ class Progress:
     """Counters after a number of optimiser steps; part of every checkpoint.
 
     ``data_start`` and ``lr_start`` are the steps at which the data order and the learning-rate schedule began: 0, or
-    where a resume reset them.
+    where a resume reset them. ``epochs`` are passes over the data since its order began, as the order counts them.
     """
 
     step: int = 0
     examples: int = 0
+    epochs: float = 0.0
     data_start: int = 0
     lr_start: int = 0
-    steps_per_epoch: int = 1
 
-    @property
-    def data_step(self) -> int:
-        """Position in the batch order."""
-        return self.step - self.data_start
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the data since its order began."""
-        return self.data_step / self.steps_per_epoch
-
-    def after_step(self, examples: int) -> Progress:
-        """The counters one optimiser step later."""
-        return Progress(self.step + 1, self.examples + examples, self.data_start, self.lr_start, self.steps_per_epoch)
+    def after_step(self, examples: int, epochs: float) -> Progress:
+        """The counters one optimiser step later: ``examples`` more, and ``epochs`` in all."""
+        return replace(self, step=self.step + 1, examples=self.examples + examples, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class ResumeOptions:
     """Forget the optimiser's state; needed when the optimiser changed."""
     reset_lr: bool = False
     """Start the learning-rate schedule afresh, over the steps that are left."""
+    regenerate: bool = False
+    """Encode anew what the cache already has of this configuration's data."""
 
 
 def check_options(options: ResumeOptions) -> None:
@@ -66,10 +69,16 @@ RULES: dict[str, Rule] = {
     "run.seed": "refused",
     "data": "resets data",
     "data.cache": "announced",
-    "data.workers": "announced",
+    "data.examine": "announced",
+    "data.online": "announced",
+    "data.sources.loss_weight": "announced",
+    "data.sources.name": "announced",
     "data.strict": "announced",
+    "data.workers": "announced",
     "objective": "announced",
     "training.batch_size": "resets data",
+    "training.batch_sizes": "resets data",
+    "training.token_budget": "resets data",
     "training.steps": "announced",
     "training.epochs": "announced",
     "training.ema": "refused",
@@ -81,10 +90,10 @@ RULES: dict[str, Rule] = {
     "optimizer.type": "resets optimizer",
     "schedule": "announced",
 }
-"""Longest matching prefix of a key wins. "refused": needs a new run (``--weights-from`` keeps the weights).
-"resets data" and "resets optimizer": need the flag of that name. "announced": allowed, and printed, because it changes
-the numbers. Keys of no rule (previews, checkpoints, exports, evaluation, monitoring, the parallel plan, micro-batches,
-activation checkpointing) change nothing that is learnt."""
+"""Longest matching prefix of a key wins, the numbers of list entries left out. "refused": needs a new run
+(``--weights-from`` keeps the weights). "resets data" and "resets optimizer": need the flag of that name. "announced":
+allowed, and printed, because it changes the numbers. Keys of no rule (previews, checkpoints, exports, evaluation,
+monitoring, the parallel plan, micro-batches, activation checkpointing) change nothing that is learnt."""
 
 DRAWN_BY_RANK = ("training.micro_batch_size", "parallel.")
 """Change the draws of dropout layers, and so are announced where there are any."""
@@ -99,7 +108,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], options: ResumeOptions) ->
     adapter = new.get("adapter") or {}
     dropout = max(adapter.get("dropout", 0), adapter.get("rank_dropout", 0)) > 0
     allowed = {"resets data": options.reset_data, "resets optimizer": options.reset_optimizer}
-    for key, before, after in _differences(old, new):
+    for key, before, after in _without_copies(list(_differences(old, new))):
         rule = _rule(key)
         if rule is None and dropout and key.startswith(DRAWN_BY_RANK):
             rule = "announced"
@@ -126,6 +135,7 @@ def check_data(old: str, new: str, options: ResumeOptions) -> None:
 
 
 RUN_CONTENTS = (
+    "batch_sizes.json",
     "config.toml",
     "environment.json",
     "metrics.jsonl",
@@ -157,7 +167,7 @@ def set_aside(directory: Path) -> Path | None:
 
 
 def _rule(key: str) -> Rule | None:
-    parts = key.split(".")
+    parts = [part for part in key.split(".") if not part.isdecimal()]
     for length in range(len(parts), 0, -1):
         rule = RULES.get(".".join(parts[:length]))
         if rule is not None:
@@ -165,9 +175,30 @@ def _rule(key: str) -> Rule | None:
     return None
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+Difference = tuple[str, Any, Any]
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[Difference]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif _are_tables(old) and _are_tables(new) and len(old) == len(new):
+        for number, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, f"{prefix}.{number}")
     elif old != new:
         yield prefix, old, new
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+def _without_copies(differences: list[Difference]) -> list[Difference]:
+    """Without those of a source that only repeat what changed in ``data.captions`` or ``data.buckets``."""
+    common = {key: (before, after) for key, before, after in differences}
+
+    def is_copy(key: str, before: Any, after: Any) -> bool:
+        source = re.fullmatch(r"data\.sources\.\d+\.((captions|buckets)\..+)", key)
+        return source is not None and common.get(f"data.{source[1]}") == (before, after)
+
+    return [one for one in differences if not is_copy(*one)]

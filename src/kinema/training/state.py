@@ -47,7 +47,7 @@ def load_training_state(
     """
     stored = contents(path)
     if optimizers:
-        _make_optimizer_state(networks, optimizers, set(stored))
+        make_optimizer_state(networks, optimizers, set(stored))
     return checkpointer.load(path, training_state(networks, optimizers, ema))
 
 
@@ -85,7 +85,7 @@ def _optimizer_tensors(networks: Mapping[str, nn.Module], optimizers: Sequence[O
     return tensors
 
 
-def _make_optimizer_state(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], stored: set[str]) -> None:
+def make_optimizer_state(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer], stored: set[str]) -> None:
     """Let optimisers make the state that the checkpoint has: one step with zero gradients and learning rate 0."""
     prefix = "optimizer."
     names = {parameter: name for name, parameter in named_trainables(networks).items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
-from kinema.data.batch import Batch
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
@@ -27,10 +27,10 @@ from kinema.training.progress import Progress, due
 from kinema.training.resume import ResumeOptions, check_data, check_options, compare, set_aside
 
 if TYPE_CHECKING:
-    from kinema.data.dataset import Dataset
     from kinema.parallel.mesh import World
     from kinema.training.display import TrainingDisplay
-    from kinema.training.loop import StepResult, Trainer
+    from kinema.training.loop import StepResult, Trainer, Work
+    from kinema.training.run_data import RunData
 
 
 def train(config: Config, options: ResumeOptions | None = None) -> Path:
@@ -157,28 +157,26 @@ class Run:
     # -- data --------------------------------------------------------------------------------------------------------
 
     def _open_data(self, meta: dict[str, Any] | None) -> None:
-        from kinema.data.dataset import open_data
+        from kinema.training.run_data import RunData
 
-        config, world = self.config, self.world
-        self.data: Dataset = open_data(config, config.data.sources, self.family, world, self.say)
+        options = self.options
+        recorded = None if meta is None or options.reset_data else meta["batch_sizes"]
+        self.data: RunData = RunData(
+            self.config, self.family, self.world, self.say, recorded=recorded, regenerate=options.regenerate
+        )
         if meta is not None:
-            check_data(meta["dataset"], self.data.fingerprint, self.options)
-        self.evaluation_sets = {
-            one.name: open_data(config, one.sources, self.family, world, self.say, training=False)
-            for one in config.evaluation.sets
-        }
+            check_data(meta["dataset"], self.data.training.fingerprint, options)
+        self.data.hold_out()
 
     @contextmanager
-    def batches(self) -> Iterator[Iterator[tuple[Batch, int]]]:
-        """This rank's batches from the current step on, built ahead in the background."""
-        from kinema.data.dataset import Prefetcher
+    def batches(self) -> Iterator[Iterator[Work]]:
+        """This rank's work from the current step on, built ahead in the background."""
+        from kinema.data.prefetch import Prefetcher
 
-        progress, world = self.trainer.progress, self.world
+        progress = self.trainer.progress
 
-        def build(step: int) -> tuple[Batch, int]:
-            position = step - progress.data_start
-            batch = self.data.batch(position, world.dp_rank, world.dp_size)
-            return batch, self.data.global_size(position)
+        def build(step: int) -> Work:
+            return self.data.work(step - progress.data_start)
 
         with Prefetcher(build, progress.step, self.trainer.total_steps) as self.prefetcher:
             yield iter(self.prefetcher)
@@ -215,7 +213,6 @@ class Run:
             progress = Progress(**meta["progress"])
             if scale is not None and meta["loss_scale"] is not None:
                 scale.load_state_dict(meta["loss_scale"])
-        total = self._total_steps(progress)
 
         @contextmanager
         def accumulating(last: bool) -> Iterator[None]:
@@ -232,26 +229,31 @@ class Run:
             objective=OBJECTIVES.load(config.objective.type)(config.objective, self.family),
             optimizers=optimizers,
             compute_dtype=torch_dtype(training.precision),
-            total_steps=total,
-            progress=progress,
+            progress=self._reset(progress),
             ema=self.ema,
             scale=scale,
             accumulating=accumulating,
             before_update=self.checkpointer.wait_for_staging,
         )
+        self.data.settle(self.trainer, self.networks)
+        self.trainer.total_steps = self._total_steps()
 
-    def _total_steps(self, progress: Progress) -> int:
-        """Length of the run; also settles where the data order and the schedule begin."""
-        training = self.config.training
-        progress.steps_per_epoch = self.data.order.steps_per_epoch
+    def _reset(self, progress: Progress) -> Progress:
+        """Begin the data order and the schedule afresh, where that is asked for."""
         if self.options.reset_data:
-            progress.data_start = progress.step
+            progress = replace(progress, data_start=progress.step, epochs=0.0)
         if self.options.reset_lr:
-            progress.lr_start = progress.step
+            progress = replace(progress, lr_start=progress.step)
+        return progress
+
+    def _total_steps(self) -> int:
+        """Length of the run."""
+        training = self.config.training
         if training.steps is not None:
             return training.steps
         assert training.epochs is not None
-        return progress.data_start + max(1, round(training.epochs * progress.steps_per_epoch))
+        steps = self.data.training.order.steps_for(training.epochs)
+        return self.trainer.progress.data_start + max(1, steps)
 
     # -- between steps -----------------------------------------------------------------------------------------------
 
@@ -262,16 +264,17 @@ class Run:
 
         config, world, progress = self.config, self.world, self.trainer.progress
         if world.is_main:
-            facts = environment(self.data.fingerprint, str(world.device), world.size)
+            facts = environment(self.data.training.fingerprint, str(world.device), world.size)
             write_description(self.directory, config, facts)
+            self.data.record(self.directory)
         self.metrics = Metrics(
             self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
         )
         count = sum(p.numel() for p in self.trainer.parameters.values())
         self.say(
             f"Training {count / 1e6:.2f}M parameters in {config.training.precision} on {world.size} x "
-            f"{world.device.type}: {self.trainer.total_steps} steps of {config.training.batch_size}, "
-            f"{progress.steps_per_epoch} an epoch, from step {progress.step}. Run directory: {self.directory}"
+            f"{world.device.type}: {self.data.steps_in_words(self.trainer.total_steps)}, from step {progress.step}. "
+            f"Run directory: {self.directory}"
         )
 
     def _before_first_step(self) -> None:
@@ -314,7 +317,8 @@ class Run:
         meta = {
             "config": self.config.model_dump(mode="json"),
             "progress": self.trainer.progress.to_dict(),
-            "dataset": self.data.fingerprint,
+            "dataset": self.data.training.fingerprint,
+            "batch_sizes": self.data.kept(),
             "loss_scale": None if scale is None else scale.state_dict(),
         }
         tensors = training_state(self.networks, self.trainer.optimizers, self.ema)
@@ -335,7 +339,7 @@ class Run:
         cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
         autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached)
         with self._averaged(), evaluating(self.networks.values()), autocast:
-            for name, data in self.evaluation_sets.items():
+            for name, data in self.data.held_out.items():
                 batches = data.ordered_batches(size, world.dp_rank, world.dp_size)
                 losses |= evaluate(name, batches, t.objective, t.networks, self.config.run.seed, world)
         self.say("  ".join(f"{name} {value:.4f}" for name, value in losses.items() if "quantile" not in name))

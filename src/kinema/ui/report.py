@@ -303,7 +303,7 @@ def _configuration(run: RunFiles) -> str:
         ("trains", trains if adapter else "the whole network"),
         ("data", ", ".join(str(one.get("path")) for one in sources if isinstance(one, Mapping))),
         ("length", f"{get('training.steps')} steps" if get("training.steps") else f"{get('training.epochs')} epochs"),
-        ("batch", get("training.batch_size")),
+        ("batch", _batch(run)),
         ("precision", get("training.precision")),
         ("optimiser", f"{get('optimizer.type')}, learning rate {get('optimizer.lr')}, {get('schedule.decay')} decay"),
         (
@@ -316,6 +316,16 @@ def _configuration(run: RunFiles) -> str:
     ]
     listed = _facts([(name, str(value)) for name, value in facts if value not in (None, "")]) if run.config else ""
     return f"{listed}<details><summary>config.toml</summary><pre>{escape(run.config_text)}</pre></details>"
+
+
+def _batch(run: RunFiles) -> str:
+    """The sizes of the batches that were trained on, and the rule where it is no number."""
+    totals = sorted({one["total"] for one in run.batch_sizes.values() if isinstance(one, Mapping) and "total" in one})
+    size, budget = run.setting("training.batch_size"), run.setting("training.token_budget")
+    sizes = f"{totals[0]} to {totals[-1]}" if len(totals) > 1 else str(totals[0] if totals else size or "")
+    if budget:
+        return f"{sizes}, at most {budget} tokens on each device"
+    return f"{sizes}, the most that fit" if size == "auto" and totals else sizes
 
 
 def _environment(run: RunFiles) -> str:

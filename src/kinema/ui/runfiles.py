@@ -48,6 +48,7 @@ class RunFiles:
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
+    batch_sizes: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Media] = field(default_factory=list)
@@ -83,6 +84,7 @@ def read_run(directory: Path) -> RunFiles:
         config,
         text,
         _object(directory / "environment.json"),
+        _object(directory / "batch_sizes.json"),
         _object(directory / "scores.json"),
         sorted((row for row in rows if _is_number(row.get("step"))), key=lambda row: row["step"]),
         read_media(directory / "samples"),
