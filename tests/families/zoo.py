@@ -124,6 +124,13 @@ class Case:
         were ``native`` [B, C, T, H, W]."""
         return native[:, :, 0] if inputs["hidden_states"].ndim == 4 else native
 
+    def encoded(self, autoencoder: Any, clip: Tensor) -> Tensor:
+        """What the autoencoder makes of a clip [1, 3, T, H, W] in [-1, 1], not normalised: [1, C, T, H, W]."""
+        from kinema.families.standard import is_picture_autoencoder
+
+        inputs = clip[:, :, 0] if is_picture_autoencoder(autoencoder) else clip
+        return self.decoded(autoencoder.encode(inputs).latent_dist.mode())
+
     def decoded(self, latents: Tensor) -> Tensor:
         """What the pipeline gives its autoencoder to decode, as [B, C, T, H, W]."""
         return latents[:, :, None] if latents.ndim == 4 else latents

@@ -102,6 +102,11 @@ class ModelConfig(Section):
     first_frame_p: float | None = Field(default=None, ge=0, le=1)
     """Share of the clips whose first frame is given, clean and out of the loss, in families that see a time for each
     frame. Default: 0 for text-to-video, 1 for image-to-video."""
+    conditions: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Which frames of a clip are given in training, in families whose network is told them, by weights such as
+    `{ t2v = 1, i2v_head = 5, i2v_loop = 1, i2v_tail = 1 }`, drawn for each sample: none (`t2v`), the first, the last or
+    both (`i2v_head`, `i2v_tail`, `i2v_loop`), the first or last 33 (`v2v_head`, `v2v_tail`) or 65 (`v2v_head_easy`,
+    `v2v_tail_easy`). Default: the family's, which is none where the network cannot be told any."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale that networks with a guidance embedding are told in training. Default: the family's, which is 1
     unless its authors train with another."""

@@ -79,11 +79,13 @@ class Variant:
     least_pictures: int = 1
     """How many control pictures an edit variant needs; with 0 it makes pictures from text alone too."""
     most_pictures: int = 1
-    """How many it takes at most."""
+    """How many it takes at most, of control pictures or of frames that may be given and need not ("references")."""
 
     @property
     def pictures(self) -> tuple[int, int]:
         """The least and the largest number of pictures that a sample is made from."""
+        if "references" in self.conditions:
+            return 0, self.most_pictures
         frames = sum(condition in ("first_frame", "last_frame") for condition in self.conditions)
         return (self.least_pictures, self.most_pictures) if "controls" in self.conditions else (frames, frames)
 

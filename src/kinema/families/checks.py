@@ -9,7 +9,7 @@ from kinema.errors import ConfigError
 from kinema.families.base import Variant
 from kinema.suggest import did_you_mean
 
-OPTIONS = ("bypass_guidance", "first_frame_p", "guidance")
+OPTIONS = ("bypass_guidance", "conditions", "first_frame_p", "guidance")
 """Keys of ``[model]`` that only some families read: their `Family.options` name them."""
 
 

@@ -18,6 +18,7 @@ BUILT_IN: dict[str, str] = {
     "aura_flow": "kinema.families.aura_flow:AuraFlow",
     "hidream": "kinema.families.hidream:HiDream",
     "omnigen2": "kinema.families.omnigen2:OmniGen2",
+    "open_sora": "kinema.families.open_sora:OpenSora",
     "lumina2": "kinema.families.lumina2:Lumina2",
     "sd3": "kinema.families.sd3:SD3",
     "sdxl": "kinema.families.sdxl:SDXL",

@@ -98,7 +98,7 @@ class FlowMatching:
         t_at = t.view(-1, 1, 1, 1, 1)
         if prepared.given is not None:
             t_at = t_at * (1 - prepared.given)  # what is given is clean
-        if student.path.sigma_min:
+        if student.path.sigma_min:  # the noise that is left at t = 0
             left = student.path.sigma_min * eps
             x_0 = x_0 + (left if prepared.given is None else left * (1 - prepared.given))
         x_t = (1 - t_at) * x_0 + t_at * eps

@@ -1,0 +1,72 @@
+"""The published models of Open-Sora 2.0, and where their parts lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kinema.families.base import SamplingDefaults, Variant
+from kinema.families.hunyuan_video_parts import PARTS as HUNYUAN
+from kinema.families.layout import Layout
+from kinema.families.loading import PartSpec
+from kinema.families.parts import CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, T5_XXL, tokenizer
+
+HUB = "hpcai-tech/Open-Sora-v2"
+_CLIP, _T5 = ("openai/clip-vit-large-patch14",), ("google/t5-v1_1-xxl",)
+"""Folders of the text encoders in the authors' repository."""
+
+NETWORK = Layout([], same=True)
+"""The class has the names of the published file."""
+
+PARTS = {
+    "network": PartSpec(
+        "diffusion network",
+        "transformer",
+        "kinema.networks.open_sora:OpenSoraTransformer",
+        ("Open_Sora_v2*.safetensors",),
+        to_ours=NETWORK.from_original,
+    ),
+    "autoencoder": replace(HUNYUAN["autoencoder"], originals=("hunyuan_vae.safetensors",)),
+    "text_encoder": replace(CLIP_L, originals=_CLIP),
+    "tokenizer": replace(CLIP_L_TOKENIZER, originals=_CLIP),
+    "text_encoder_2": replace(T5_XXL, folder="text_encoder_2", originals=_T5),
+    "tokenizer_2": replace(tokenizer("T5", "google/t5-v1_1-xxl", 2), originals=_T5),
+    "scheduler": SCHEDULER,
+}
+DC_AE = PartSpec(
+    "autoencoder (video DC-AE)",
+    "vae",
+    "kinema.networks.dc_ae:VideoDCAE",
+    ("F32T4C128_AE.safetensors",),
+)
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            "v2",
+            "video",
+            11_891_390_528,
+            tuple(PARTS),
+            HUB,
+            SamplingDefaults(height=192, width=336, frames=129, fps=24.0, steps=50, guidance=7.5, image_guidance=3.0),
+            pipeline="OpenSoraPipeline",
+            conditions=("text", "references"),
+            most_pictures=2,
+            shift="resolution",
+        ),
+        Variant(
+            "v2-dc",
+            "video",
+            11_891_971_200,
+            tuple(PARTS),
+            f"{HUB}-Video-DC-AE",
+            SamplingDefaults(height=576, width=1024, frames=129, fps=24.0, steps=50, guidance=7.5, image_guidance=3.0),
+            pipeline="OpenSoraPipeline",
+            conditions=("text", "references"),
+            most_pictures=2,
+            grid=32,
+            patch=(1, 1, 1),
+            shift="resolution",
+        ),
+    )
+}

@@ -1,0 +1,162 @@
+"""Frames that a sample is given: one general form, of which image-to-video and video-to-video are cases.
+
+A strategy is a list of `Given`: which frames of the video are given, from which reference, how strongly. It is the mask
+strategy of Open-Sora 1.x (``"0,0,0,0,1,0;0,1,0,-1,1,0"``), by the means of Open-Sora 2.0: the network sees a mask, and
+beside it the latents of the frames that the mask keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from kinema.errors import UserError
+from kinema.families.open_sora_conditions import CONDITIONS, frames_of, latents_of
+from kinema.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Given:
+    """A stretch of the video that comes from a reference. All positions count latent frames; negative ones count from
+    the end."""
+
+    reference: int = 0
+    """Which of the sample's references."""
+    source: int = 0
+    """Its first frame that is used."""
+    target: int = 0
+    """Where in the video that frame goes."""
+    frames: int = 1
+    """How many frames; fewer where the reference or the video ends before."""
+    edit: float = 0.0
+    """0 keeps the frames, 1 makes them anew. Between: they are given while t > ``edit``, then are mixed with noise to
+    the time of that step and go on as all others, so that they keep their larger features."""
+
+
+Strategy = tuple[Given, ...]
+
+
+class Condition(NamedTuple):
+    """A condition that has a name."""
+
+    cuts: tuple[tuple[int, int], ...]
+    """What becomes of the references before they are encoded, so that nothing leaks into them: (which one, its first
+    so many frames, or its last where negative); one reference for each cut."""
+    strategy: Strategy
+
+
+def named_condition(name: str, causal: bool = True) -> Condition:
+    """The condition of this name, for an autoencoder that is causal or not. UserError for an unknown name."""
+    if name not in CONDITIONS:
+        raise UserError(
+            f"There is no condition '{name}'{did_you_mean(name, CONDITIONS)} Known: {', '.join(CONDITIONS)}; or write "
+            'a mask strategy such as "0,0,0,0,1,0".'
+        )
+    cuts, strategy = [], []
+    head, tail = CONDITIONS[name]
+    if head:
+        cuts.append((0, frames_of(head, causal)))
+        strategy.append(Given(frames=latents_of(head, causal)))
+    if tail:
+        count = latents_of(tail, causal)
+        cuts.append((-1, -frames_of(tail, causal)))
+        strategy.append(Given(len(strategy), -count, -count, count))
+    return Condition(tuple(cuts), tuple(strategy))
+
+
+# -- Open-Sora 1.x's notation ----------------------------------------------------------------------------------------
+
+_FIELDS = ("loop", "reference", "source", "target", "frames", "edit")
+_DEFAULTS = ("0", "0", "0", "0", "1", "0")
+
+
+def parse_strategy(text: str) -> dict[int, Strategy]:
+    """A mask strategy in Open-Sora 1.x's notation, by the number of the stretch ("loop") that each part is for.
+
+    Parts are separated by ``;``. Each has up to six numbers: stretch, reference, first frame of the reference, place
+    in the video, number of frames, edit; what is left out is 0, but 1 for the number of frames. UserError names the
+    part that cannot be read.
+    """
+    found: dict[int, Strategy] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        values = part.split(",")
+        if len(values) > len(_FIELDS):
+            raise UserError(f"Mask strategy '{part}': {len(values)} numbers, and there are six: {', '.join(_FIELDS)}.")
+        values += _DEFAULTS[len(values) :]
+        try:
+            loop, reference, source, target, frames = (int(value) for value in values[:5])
+            edit = float(values[5])
+        except ValueError as error:
+            raise UserError(f"Mask strategy '{part}': write whole numbers for {', '.join(_FIELDS[:5])}.") from error
+        if loop < 0 or frames < 1 or not 0 <= edit <= 1:
+            raise UserError(f"Mask strategy '{part}': loop is 0 or more, frames 1 or more, edit from 0 to 1.")
+        found[loop] = (*found.get(loop, ()), Given(reference, source, target, frames, edit))
+    return found
+
+
+# -- as tensors ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conditions:
+    """What a batch of samples is given."""
+
+    edit: Tensor
+    """[B, 1, T, 1, 1]: `Given.edit`, and 1 where nothing is given."""
+    reference: Tensor
+    """Latents [B, C, T, H, W] of what is given, else 0."""
+
+    def given(self, t: float) -> bool:
+        """Whether any frame of any sample is given at time ``t``."""
+        return bool(self.mask(t).any())
+
+    def mask(self, t: float) -> Tensor:
+        """1 where frames are given at time ``t``, [B, 1, T, 1, 1]."""
+        return (self.edit < min(t, 1.0)).to(self.reference.dtype)  # in float32 the first time may be above 1
+
+    def told(self, t: float) -> Tensor:
+        """What the network is told at time ``t``: the mask, and the latents that it keeps; [B, 1 + C, T, H, W]."""
+        import torch
+
+        mask = self.mask(t).expand(-1, -1, -1, *self.reference.shape[3:])
+        return torch.cat([mask, mask * self.reference], dim=1)
+
+    def release(self, x: Tensor, noise: Tensor, t: float, before: float) -> Tensor:
+        """x_t with the frames set free that were given at time ``before`` and are no longer at ``t``: their latents,
+        mixed with noise to time ``t``."""
+        freed = self.mask(before) - self.mask(t)
+        return x + freed * ((1 - t) * self.reference + t * noise - x) if bool(freed.any()) else x
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """The sample with the frames that are given to the end as they were given."""
+        import torch
+
+        return torch.where(self.edit == 0, self.reference.to(x.dtype), x)
+
+
+def lay_out(strategies: Sequence[Strategy], references: Sequence[Sequence[Tensor]], like: Tensor) -> Conditions:
+    """The strategy of each sample over its references, latents [C, T', H, W], for samples of the shape of ``like``
+    [B, C, T, H, W]. Where stretches overlap the later one holds. UserError for a stretch that is not there."""
+    assert len(strategies) == len(references) == len(like), "a strategy and references for every sample"
+    edit, kept = like.new_ones(len(like), 1, like.shape[2], 1, 1), like.new_zeros(like.shape)
+    for i, (strategy, own) in enumerate(zip(strategies, references, strict=True)):
+        for one in strategy:
+            if not -len(own) <= one.reference < len(own):
+                raise UserError(f"Frames are to come from reference {one.reference}; the sample has {len(own)}.")
+            shown = own[one.reference].to(like)
+            source = _place(one.source, shown.shape[1], "the reference")
+            target = _place(one.target, like.shape[2], "the video")
+            frames = min(one.frames, shown.shape[1] - source, like.shape[2] - target)
+            edit[i, :, target : target + frames] = one.edit
+            kept[i, :, target : target + frames] = shown[:, source : source + frames] * (one.edit < 1)
+    return Conditions(edit, kept)
+
+
+def _place(start: int, length: int, what: str) -> int:
+    if not -length <= start < length:
+        raise UserError(f"Frame {start} is not there: {what} has {length} latent frame(s).")
+    return start % length
