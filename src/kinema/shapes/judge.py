@@ -2,8 +2,9 @@
 
 Every step is plain image processing. The border gives the background, what differs from it gives the shape's colour,
 the projection of each pixel on the line between the two colours gives how much of it the shape covers, the path of that
-coverage's centroid gives the direction, and its overlap with each outline, drawn at the same area and place, gives the
-shape. A label is None where the video does not show that attribute clearly: noise earns no label by luck of the draw.
+coverage's centroid gives the direction, and the overlap of the coverage, averaged along that path, with each outline of
+the same area gives the shape. A label is None where the video does not show that attribute clearly: noise earns no
+label by luck of the draw.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ AREA_RANGE = (0.02, 0.35)
 """Share of the picture that a shape covers."""
 MIN_TRAVEL = 0.15
 """Least way of the centroid over the clip, in picture widths."""
-MIN_OVERLAP = 0.70
-"""Least intersection over union of a shape with its outline."""
+MIN_OVERLAP = 0.75
+"""Least intersection over union of a shape, averaged along its path, with its outline."""
+SOFTNESS = (0.0, 0.011, 0.022, 0.033)
+"""How soft the edge of an outline may be: standard deviations of its blur, in picture widths."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,12 @@ def _centroids(cover: np.ndarray) -> np.ndarray | None:
     area = cover.sum((1, 2))
     if area.min() <= 0.3 * np.median(area) or area.max() >= 3 * np.median(area):
         return None
+    return _centroids_of(cover)
+
+
+def _centroids_of(cover: np.ndarray) -> np.ndarray:
     height, width = cover.shape[1:]
+    area = cover.sum((1, 2))
     x = (cover.sum(1) * (np.arange(width) + 0.5)).sum(1) / area
     y = (cover.sum(2) * (np.arange(height) + 0.5)).sum(1) / area
     return np.stack([x, y], 1)
@@ -99,21 +107,55 @@ def _direction(centroids: np.ndarray, width: int) -> str | None:
     return next(name for name, unit in DIRECTIONS.items() if unit == tuple(step))
 
 
-def shape_overlaps(cover: np.ndarray, centroids: np.ndarray, frames: int = 9) -> dict[str, float]:
-    """Mean intersection over union with each outline of the same area and centroid, over evenly spread frames."""
-    size = max(cover.shape[1:])
+def mean_coverage(cover: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """The coverage [T, H, W] averaged over the frames, each moved to have its centroid in the middle: what stays of a
+    shape while it moves, as an eye that follows it sees it. [H, W]."""
+    height, width = cover.shape[1:]
+    return np.mean(
+        [_moved(frame, width / 2 - x, height / 2 - y) for frame, (x, y) in zip(cover, centroids, strict=True)], axis=0
+    )
+
+
+def shape_overlaps(mean: np.ndarray) -> dict[str, float]:
+    """Intersection over union of a coverage [H, W], its centroid in the middle, with each outline of the same area and
+    centroid, drawn as sharp or as soft as fits it best."""
+    height, width = mean.shape
+    size = max(height, width)
     unit = {name: coverage(name, (size / 2, size / 2), size / 4, size, 2).sum() / (size / 4) ** 2 for name in SHAPES}
-    chosen = np.linspace(0, len(cover) - 1, min(frames, len(cover))).round().astype(int)
     overlaps: dict[str, float] = {}
     for name in SHAPES:
+        radius = float(np.sqrt(mean.sum() / unit[name]))
+        sharp = coverage(name, (width / 2, height / 2), radius, size)[:height, :width]
         scores = []
-        for t in chosen:
-            radius = float(np.sqrt(cover[t].sum() / unit[name]))
-            x, y = centroids[t]
-            ideal = coverage(name, (float(x), float(y)), radius, size)[: cover.shape[1], : cover.shape[2]]
-            scores.append(np.minimum(ideal, cover[t]).sum() / np.maximum(ideal, cover[t]).sum())
-        overlaps[name] = float(np.mean(scores))
+        for softness in SOFTNESS:
+            ideal = _softened(sharp, softness * size)
+            ((x, y),) = _centroids_of(ideal[None])
+            ideal = _moved(ideal, width / 2 - x, height / 2 - y)
+            scores.append(np.minimum(ideal, mean).sum() / np.maximum(ideal, mean).sum())
+        overlaps[name] = float(max(scores))
     return overlaps
+
+
+def _moved(image: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The picture moved right by x and down by y pixels, zero where nothing was."""
+    from PIL import Image
+
+    picture = Image.fromarray(image.astype(np.float32))
+    return np.asarray(
+        picture.transform(picture.size, Image.Transform.AFFINE, (1, 0, -x, 0, 1, -y), Image.Resampling.BILINEAR)
+    )
+
+
+def _softened(image: np.ndarray, deviation: float) -> np.ndarray:
+    """The picture blurred by a Gaussian of that standard deviation in pixels."""
+    if deviation == 0:
+        return image
+    reach = int(3 * deviation + 1)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        image = np.apply_along_axis(np.convolve, axis, image, kernel, "same")
+    return image
 
 
 def judge(video: np.ndarray | Path | str) -> Verdict:
@@ -137,7 +179,7 @@ def judge(video: np.ndarray | Path | str) -> Verdict:
     centroids = _centroids(cover)
     if centroids is None:
         return Verdict(colour_name, None, None, background_name)
-    overlaps = shape_overlaps(cover, centroids)
+    overlaps = shape_overlaps(mean_coverage(cover, centroids))
     shape = max(overlaps, key=lambda name: overlaps[name])
     return Verdict(
         colour_name,
