@@ -16,14 +16,14 @@ from torch import Tensor
 
 from kinema.data.transform import Transform, fit
 from kinema.errors import UserError
+from kinema.families import open_sora_denoise
 from kinema.families.base import Family
+from kinema.families.open_sora_pipeline import OpenSoraPipeline
+from kinema.families.open_sora_schedule import growing_with_time, oscillating, schedule
+from kinema.families.open_sora_strategy import Given
 from kinema.families.tiny import clip_text, clip_tokenizer, spread, t5_encoder, t5_tokenizer
 from kinema.networks.dc_ae import VideoDCAE
 from kinema.networks.open_sora import OpenSoraTransformer, pack, positions, unpack
-from kinema.families import open_sora_denoise
-from kinema.families.open_sora_pipeline import OpenSoraPipeline
-from kinema.families.open_sora_strategy import Given
-from kinema.families.open_sora_schedule import growing_with_time, oscillating, schedule
 from kinema.sampling.pipeline import SampleSettings, Texts, sample_many, shifted
 
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4}

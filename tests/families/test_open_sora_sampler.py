@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kinema.errors import UserError
-from kinema.networks.open_sora import pack, positions, unpack
-from kinema.families.open_sora_strategy import Conditions, Given, lay_out, named_condition, parse_strategy
 from kinema.families.open_sora_denoise import ALL, Branch, denoise, shares
 from kinema.families.open_sora_schedule import (
     Guidance,
@@ -30,6 +28,8 @@ from kinema.families.open_sora_schedule import (
     shifted_time,
     size,
 )
+from kinema.families.open_sora_strategy import Conditions, Given, lay_out, named_condition, parse_strategy
+from kinema.networks.open_sora import pack, positions, unpack
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "open_sora"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "sampling_denoise.json").read_text())["cases"]

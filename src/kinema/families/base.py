@@ -37,7 +37,7 @@ class SamplingDefaults:
     """How far guidance goes towards the control pictures; None where the pipeline has no such scale."""
 
 
-Condition = Literal["text", "first_frame", "last_frame", "controls"]
+Condition = Literal["text", "first_frame", "last_frame", "controls", "references"]
 """What a variant is told besides x_t and t: text, frames of the video itself, control pictures to edit from."""
 
 

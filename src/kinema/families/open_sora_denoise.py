@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kinema.networks.open_sora import pack, positions, unpack
-from kinema.families.open_sora_strategy import Conditions
 from kinema.families.open_sora_schedule import Guidance
+from kinema.families.open_sora_strategy import Conditions
+from kinema.networks.open_sora import pack, positions, unpack
 
 JOINED_TOKENS = 4096
 """The passes of a step are joined to one call of the network up to so many tokens of video; beyond that a device is

@@ -22,13 +22,13 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from kinema.errors import UserError
-from kinema.families.text import warn_if_cut
-from kinema.randomness import derive_seed
-from kinema.families.open_sora_strategy import Given, parse_strategy
 from kinema.families.open_sora_denoise import Text, denoise, predictor
 from kinema.families.open_sora_references import given_frames, references_of
 from kinema.families.open_sora_schedule import FULL_STEPS, Guidance, schedule, size
+from kinema.families.open_sora_strategy import Given, parse_strategy
 from kinema.families.open_sora_video import Reference, decode_latents, is_causal, latent_frames_of
+from kinema.families.text import warn_if_cut
+from kinema.randomness import derive_seed
 
 TEXT_LENGTH = 512
 """Tokens of T5's text, padding included, that the network was trained with."""

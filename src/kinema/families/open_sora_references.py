@@ -42,7 +42,8 @@ def given_frames(
 ) -> tuple[list[Strategy], Conditions | None]:
     """The strategy of each sample, and all of them over the latents of their references; None where there are none.
 
-    ``references`` and ``condition`` as in `kinema.families.open_sora_pipeline.OpenSoraPipeline`; ``size``: (height, width).
+    ``references`` and ``condition`` as in `kinema.families.open_sora_pipeline.OpenSoraPipeline`; ``size``: (height,
+    width).
     """
     shown = references_of(references, len(noise))
     if not any(shown):
