@@ -125,6 +125,7 @@ def command(settings: SampleSettings, place: Place) -> torch.Tensor:
     """What `kinema sample` runs; returns nothing to compare but what its file says, decoded."""
     (path,) = sample(
         [settings.prompt],
+        again=True,
         model=str(place.directory),
         height=settings.height,
         width=settings.width,

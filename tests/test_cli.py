@@ -193,7 +193,7 @@ def test_sample_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SystemExit):
         cli.main()
     given = {"prompts": ["a", "b c"], "model": "m", "adapter": [Path("x"), Path("y")]}
-    given |= {"images": [], "ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1}
+    given |= {"images": [], "ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1, "refine_prompt": False}
     assert calls == [{**dict.fromkeys(taken), **given}]
 
 

@@ -12,6 +12,7 @@ import typer
 
 from kinema.cli_config import REGENERATE_HELP, ConfigFile, config_command, load
 from kinema.cli_data import cache, data_app
+from kinema.cli_sample import sample
 from kinema.errors import ConfigError, UserError
 
 app = typer.Typer(
@@ -110,68 +111,7 @@ def train(
 
 app.add_typer(data_app, name="data")
 config_command(app, "cache")(cache)
-
-
-@app.command()
-def sample(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One video or picture for each.")],
-    run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Run directory: its model with what it trained.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Diffusers directory, hub id or checkpoint file.")
-    ] = None,
-    family: Annotated[
-        str | None,
-        typer.Option(help="Family of --model; needed for a single file. `kinema models` lists them."),
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of --model; needed for a single file.")] = None,
-    adapter: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA file; may be repeated.")] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to lead away from.")] = None,
-    images: Annotated[
-        list[Path] | None,
-        typer.Option("--image", metavar="FILE", help="First frame of a video, or a picture to edit; may be repeated."),
-    ] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Length; 1 makes a picture.")] = None,
-    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames a second of the file.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 turns it off.")] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance towards the given pictures, of models that have it apart.")
-    ] = None,
-    shift: Annotated[float | None, typer.Option(min=0, help="Time shift of the sampling schedule.")] = None,
-    motion: Annotated[
-        float | None, typer.Option(help="Motion score, written after each PROMPT as captions have it.")
-    ] = None,
-    aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score, written likewise.")] = None,
-    tell_fps: Annotated[
-        bool | None,
-        typer.Option("--tell-fps/--no-tell-fps", help="Write --fps likewise; default: with a score, if captions did."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 0,
-    num_samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where the files go; default: `samples` in --run or here."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda, cuda:1 or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    ema: Annotated[
-        bool | None, typer.Option("--ema/--no-ema", help="The averaged weights of --run, where it has them.")
-    ] = None,
-) -> None:
-    """Make a video or a picture of each PROMPT.
-
-    The weights are those of a run (--run) or of a model (--model, --family). Videos are mp4, pictures png.
-    """
-    options = dict(locals())
-    options["adapter"] = adapter or []
-    options["images"] = images or []
-    from kinema.sampling.command import sample as run_sampling
-
-    run_sampling(**options)
+app.command()(sample)
 
 
 @app.command()

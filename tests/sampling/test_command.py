@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def test_files_index_and_metadata(base: Path, tmp_path: Path) -> None:
     paths = sample(prompts, model=str(base), out=tmp_path, num_samples=2, negative="box", guidance=3.0, **SMALL)
     names = [path.name for path in paths]
     assert names[:2] == ["a-red-ball-moving-left-0.mp4", "a-red-ball-moving-left-1.mp4"]
-    assert len(names) == 4 and sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "index.jsonl"])
+    beside = [f"{name}.json" for name in names]
+    assert len(names) == 4 and sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, *beside, "index.jsonl"])
     assert [pixels(path).shape for path in paths] == [(5, 32, 48, 3)] * 4
     index = lines(tmp_path)
     assert [(one["file"], one["prompt"], one["seed"]) for one in index] == [
@@ -64,18 +66,26 @@ def test_files_index_and_metadata(base: Path, tmp_path: Path) -> None:
         for name, (prompt, seed) in zip(names, [(p, s) for p in prompts[:2] for s in (0, 1)], strict=True)
     ]
     assert read_metadata(paths[1]) == {key: value for key, value in index[1].items() if key != "file"}
-    assert read_metadata(paths[1]) == {
+    facts = read_metadata(paths[1])
+    assert json.loads((tmp_path / beside[1]).read_text()) == facts
+    assert len(facts.pop("weights_identity")) == 32 and facts.pop("device_name") and facts.pop("threads") >= 1
+    assert facts.pop("versions") == {name: version(name) for name in ("kinema", "torch", "diffusers", "transformers")}
+    # four of these share a call, whose size changes the last digits
+    others = [{"seed": 0}, {"prompt": prompts[1], "seed": 0}, {"prompt": prompts[1]}]
+    assert facts == {
         "prompt": prompts[0], "height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 3.0, "seed": 1,
-        "image_guidance": None,
-        "negative": "box", "images": [], "shift": None, "text_length": 512, "fps": 16.0, "weights": base.name,
-        "dtype": "float32",
+        "image_guidance": None, "negative": "box", "images": [], "image_contents": [], "shift": None,
+        "text_length": 512, "fps": 16.0, "weights": base.name, "adapters": [], "adapter_contents": [],
+        "weights_from": {"model": str(base), "family": None, "variant": None},
+        "dtype": "float32", "device": "cpu", "batch": {"place": 1, "others": others},
     }  # fmt: skip
     assert not np.array_equal(pixels(paths[0]), pixels(paths[1]))
 
     before = [path.read_bytes() for path in paths]
-    sample(prompts, model=str(base), out=tmp_path, num_samples=2, negative="box", guidance=3.0, **SMALL)
+    again = {"model": str(base), "out": tmp_path, "negative": "box", "guidance": 3.0, **SMALL}
+    sample(prompts, num_samples=2, again=True, **again)
     assert [path.read_bytes() for path in paths] == before, "the same settings give the same bytes"
-    sample([prompts[0]], model=str(base), out=tmp_path, negative="box", guidance=3.0, **SMALL)
+    sample([prompts[0]], **{**again, "again": True})
     assert [one["file"] for one in lines(tmp_path)] == [*names[1:], names[0]], "one line a file"
 
 

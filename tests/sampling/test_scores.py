@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +21,7 @@ from kinema.errors import UserError
 from kinema.families.registry import family_class
 from kinema.sampling.command import sample
 from kinema.sampling.request import told, told_scores
+from kinema.sampling.writing import read_metadata
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "frames": 5, "steps": 1}
 
@@ -26,6 +29,11 @@ SMALL: dict[str, Any] = {"height": 32, "width": 32, "frames": 5, "steps": 1}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family_class("wan").tiny(tmp_path_factory.mktemp("scores"), "t2v-1.3b")
+
+
+def decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def trained_with(*scores: str, second: tuple[str, ...] = ()) -> Config:
@@ -95,4 +103,8 @@ def test_the_command_tells_them(base: Path, tmp_path: Path) -> None:
         sorted((tmp_path / one).glob("*.mp4")) for one in ("asked", "written", "without")
     )
     assert asked.name == by_hand.name == "a-ball-8-fps-4-motion-score-5-5-aesthetic-score-0.mp4"
-    assert asked.read_bytes() == by_hand.read_bytes() != without.read_bytes()
+    assert (decoded(asked) == decoded(by_hand)).all() and (decoded(asked) != decoded(without)).any()
+    assert {name: read_metadata(asked)[name] for name in ("text", "scores")} == {
+        "text": "a ball",
+        "scores": {"fps": 8.0, "motion": 4.0, "aesthetic": 5.5},
+    }

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.data.files import absolute
 from kinema.dtypes import torch_dtype
-from kinema.errors import UserError
-from kinema.sampling.pipeline import SampleSettings
-from kinema.sampling.request import (
-    RunDefaults,
-    check_image_guidance,
-    check_images,
-    check_size,
-    defaults_of_run,
-    defaults_of_variant,
-    distinct_slugs,
-    told,
-    told_scores,
-)
-from kinema.sampling.weights import Weights, find_weights
+from kinema.errors import ConfigError, UserError
+from kinema.sampling.index import add_to_index, prepare_index, read_index, there_already
+from kinema.sampling.lists import DYNAMIC, Ask, read_list
+from kinema.sampling.planning import Plan, companions, plan_of_asks
+from kinema.sampling.provenance import differences, essence, image_contents, machine_facts, weights_facts
+from kinema.sampling.repeat import FOLDER, open_origin, origin_weights, plan_repeat
+from kinema.sampling.weights import find_weights
+from kinema.sampling.wording import Wording, motion_of, without_dynamic, worded
 from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
-    from kinema.sampling.pipeline import OnStep
+    from kinema.sampling.pipeline import OnStep, SampleSettings
 
-INDEX = "index.jsonl"
 DTYPES = ("fp32", "bf16", "fp16")
 
 
 def sample(
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None = None,
     *,
+    prompt_list: Path | str | None = None,
+    rows: str | None = None,
+    ignore_columns: Sequence[str] | None = None,
+    repeat: Path | str | None = None,
+    again: bool | None = None,
     run: Path | str | None = None,
     model: str | None = None,
     family: str | None = None,
     variant: str | None = None,
     adapter: Sequence[Path | str] = (),
     negative: str | None = None,
-    images: Sequence[Path] = (),
+    images: Sequence[Path | str] = (),
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
@@ -54,10 +53,13 @@ def sample(
     guidance: float | None = None,
     image_guidance: float | None = None,
     shift: float | None = None,
-    motion: float | None = None,
+    motion: float | str | None = None,
     aesthetic: float | None = None,
     tell_fps: bool | None = None,
-    seed: int = 0,
+    refine_prompt: bool = False,
+    prompt_url: str | None = None,
+    prompt_model: str | None = None,
+    seed: int | None = None,
     num_samples: int = 1,
     out: Path | str | None = None,
     device: str | None = None,
@@ -66,20 +68,23 @@ def sample(
 ) -> list[Path]:
     """Write ``num_samples`` files for each prompt, with the seeds ``seed``, ``seed`` + 1, ...; returns their paths.
 
-    Files are ``OUT/<prompt's words>-<seed>.mp4``, or ``.png`` where ``frames`` is 1; `index.jsonl` beside them has a
-    line for each. ``motion``, ``aesthetic`` and the frame rate are written after each prompt as captions have them (see
-    `kinema.sampling.request.told_scores`). What else is None is the run's preview setting, or what the variant's
-    authors use. UserError, before anything is loaded, for what cannot be made.
+    Files are ``OUT/<prompt's words>-<seed>.mp4``, or ``.png`` where ``frames`` is 1, each with its settings inside and
+    in a ``.json`` beside it; `index.jsonl` has a line for each. ``motion``, ``aesthetic`` and the frame rate are
+    written after each prompt as captions have them (see `kinema.sampling.request.told_scores`). What else is None is
+    the run's preview setting, or what the variant's authors use.
+
+    ``prompt_list``: a file of prompts in the place of ``prompts``, whose rows may have settings of their own
+    (`kinema.sampling.lists`); ``rows`` of it as a slice, ``ignore_columns`` for columns that are not read.
+    ``repeat``: a file that was written so: drawn again from its settings and weights, those that are given here in the
+    place of its own. A file that is there already with these settings is not drawn, unless ``again``.
+
+    ``refine_prompt``: a chat model at ``prompt_url`` writes the prompts out; with ``motion`` "dynamic" it gives their
+    motion scores too.
+
+    Under torchrun the pipeline's calls are shared out over the ranks, and each rank returns the paths of its own.
+    UserError, before anything is loaded, for what cannot be made.
     """
-    if not prompts:
-        raise UserError("Give at least one prompt.")
-    run = None if run is None else Path(run)
-    weights = find_weights(run, model, family=family, variant=variant, adapters=adapter, ema=ema)
-    if dtype is not None and dtype not in DTYPES:
-        near = did_you_mean(dtype, DTYPES)
-        raise UserError(f"--dtype {dtype}: there is no such type{near} Known: {', '.join(DTYPES)}.")
-    defaults = _defaults(weights)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "height": height,
         "width": width,
         "frames": frames,
@@ -88,83 +93,231 @@ def sample(
         "guidance": guidance,
         "image_guidance": image_guidance,
         "negative": negative,
+        "shift": shift,
+        "motion": motion_of(motion),
+        "aesthetic": aesthetic,
+        "tell_fps": tell_fps,
+        "seed": seed,
+        "num_samples": None if num_samples == 1 else num_samples,
     }
-    wanted = replace(defaults, **{name: value for name, value in given.items() if value is not None})
-    check_size(weights.family, wanted.height, wanted.width, wanted.frames)
-    check_images(weights.family, images)
-    check_image_guidance(weights.family, image_guidance)
-    scores = told_scores(weights.config, wanted.frames, wanted.fps, motion, aesthetic, tell_fps)
-    folder = Path(out) if out is not None else (run / "samples" if run else Path("samples"))
-    settings = [
-        SampleSettings(
-            prompt=prompt,
-            height=wanted.height,
-            width=wanted.width,
-            frames=wanted.frames,
-            steps=wanted.steps,
-            guidance=wanted.guidance,
-            image_guidance=wanted.image_guidance,
-            seed=one_seed,
-            negative=wanted.negative,
-            images=tuple(images),
-            shift=shift,
-            text_length=weights.family.text_length,
-        )
-        for prompt in dict.fromkeys(told(prompts, scores))  # each once, however often it was given
-        for one_seed in range(seed, seed + num_samples)
-    ]
-    return _write_all(folder, weights, settings, fps=wanted.fps, device=device, dtype=dtype)
+    source: dict[str, Any] = {"run": run if run is None else Path(run), "model": model, "family": family}
+    source |= {"variant": variant, "adapters": adapter, "ema": ema}
+    pictures = [absolute(str(image)) for image in images]
+    rank = Rank.of_environment()
+    with rank.one_voice():
+        if dtype is not None and dtype not in DTYPES:
+            near = did_you_mean(dtype, DTYPES)
+            raise UserError(f"--dtype {dtype}: there is no such type{near} Known: {', '.join(DTYPES)}.")
+        _check_sources(prompts or (), prompt_list, repeat, rows, ignore_columns)
+        folder = None if out is None else Path(out)
+        if repeat is not None:
+            if refine_prompt or options["motion"] == DYNAMIC:
+                raise UserError("--from draws with the prompt and the scores of its file: leave --refine-prompt away.")
+            job = _job_again(Path(repeat), prompts or (), pictures, options, source, folder)
+        else:
+            listed = None if prompt_list is None else (str(prompt_list), rows, ignore_columns or ())
+            wording = Wording(refine_prompt, prompt_url, prompt_model)
+            job = _job(prompts or (), listed, pictures, options, source, folder, wording, first=rank.number == 0)
+        where, kind = _device_and_dtype(device or job.device, dtype or job.dtype, rank, device)
+    return _write_all(job, rank, where, kind, again=bool(again))
 
 
-def _defaults(weights: Weights) -> RunDefaults:
-    if weights.config is not None:
-        return defaults_of_run(weights.config, weights.family)
-    return defaults_of_variant(weights.family)
+@dataclass(frozen=True)
+class Job:
+    """A plan, and what every file of it says of its weights."""
+
+    plan: Plan
+    facts: dict[str, Any]
+    device: str | None = None
+    """The device and the type of the file that is drawn again, where there is one."""
+    dtype: str | None = None
+    stored: Mapping[str, Any] | None = None
 
 
-def _write_all(
-    folder: Path,
-    weights: Weights,
-    settings: list[SampleSettings],
+def _check_sources(
+    prompts: Sequence[str], prompt_list: Any, repeat: Any, rows: str | None, ignore: Sequence[str] | None
+) -> None:
+    """UserError unless it is clear where the prompts come from."""
+    if prompt_list is not None and (prompts or repeat is not None):
+        other = "a PROMPT" if prompts else "--from"
+        raise UserError(f"--list {prompt_list} and {other} both say what to draw: give one of them.")
+    for name, given in (("--rows", rows), ("--ignore-columns", ignore)):
+        if given and prompt_list is None:
+            raise UserError(f"{name} belongs to --list, which is not given.")
+    if not prompts and prompt_list is None and repeat is None:
+        raise UserError("Give at least one prompt, or a file of prompts with --list.")
+
+
+def _job(
+    prompts: Sequence[str],
+    listed: tuple[str, str | None, Sequence[str]] | None,
+    images: Sequence[str],
+    options: Mapping[str, Any],
+    source: Mapping[str, Any],
+    folder: Path | None,
+    wording: Wording,
     *,
-    fps: float,
-    device: str | None,
-    dtype: str | None,
-) -> list[Path]:
+    first: bool,
+) -> Job:
+    weights = find_weights(**source)
+    run = source["run"]
+    folder = folder or (run / "samples" if run else Path("samples"))
+    if listed is None:
+        asks = [Ask(prompt, tuple(images)) for prompt in prompts]
+        asks = worded(asks, weights, options, wording, folder, first=first)
+        plan = plan_of_asks(asks, weights, options, folder)
+    else:
+        location, rows, ignore = listed
+        whole = read_list(location, [name.strip() for one in ignore for name in one.split(",")])
+        asks = [replace(ask, images=ask.images or tuple(images)) for ask in whole.asks]
+        chosen = whole.chosen(rows)
+        rows_drawn = [ask for ask in asks if ask.row in chosen]
+        answered = {ask.row: ask for ask in worded(rows_drawn, weights, options, wording, folder, first=first)}
+        asks = [answered.get(ask.row, without_dynamic(ask)) for ask in asks]
+        options = {**options, "motion": None if options["motion"] == DYNAMIC else options["motion"]}
+        plan = plan_of_asks(asks, weights, options, folder, whole=whole, chosen=chosen)
+    return Job(plan, weights_facts(weights, *(source[name] for name in ("model", "family", "variant"))))
+
+
+def _job_again(
+    file: Path,
+    prompts: Sequence[str],
+    images: Sequence[str],
+    options: Mapping[str, Any],
+    source: Mapping[str, Any],
+    folder: Path | None,
+) -> Job:
+    """UserError where what lies at the place of the file's weights is not what it was drawn with."""
+    origin = open_origin(file)
+    weights = origin_weights(origin, **source)
+    plan = plan_repeat(origin, weights, prompts, images, options, folder or file.parent / FOLDER)
+    given = source["run"] is not None or source["model"] is not None
+    place = source if given else origin.stored["weights_from"]
+    facts = weights_facts(weights, *(place.get(name) for name in ("model", "family", "variant")))
+    others = differences(origin.stored, facts, adapters=not source["adapters"])
+    if others and not given and source["ema"] is None:
+        raise UserError(
+            f"--from {file}: {'; '.join(others)}. Give --run or --model to draw with what is there now all the same."
+        )
+    plan = replace(plan, notes=(*plan.notes, *(f"Not the same as {file.name}: {one}." for one in others)))
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return Job(plan, facts, origin.device(), short.get(origin.stored.get("dtype", "")), origin.stored)
+
+
+# -- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_all(job: Job, rank: Rank, device: torch.device, dtype: torch.dtype, *, again: bool) -> list[Path]:
     """Load, draw and write; a file and its line in the index are there as soon as its sample is drawn."""
     from kinema.sampling.pipeline import sample_many
     from kinema.sampling.weights import load_parts
-    from kinema.sampling.writing import suffix, write_video
+    from kinema.sampling.writing import write_sidecar, write_video
 
-    slugs = distinct_slugs([one.prompt for one in settings])
-    paths = [folder / f"{slugs[one.prompt]}-{one.seed}{suffix(one.frames)}" for one in settings]
-    prepare_index(folder, [path.name for path in paths])
-    place, kind = _device_and_dtype(device, dtype)
-    facts: dict[str, Any] = {"fps": fps, "weights": weights.label, "dtype": str(kind).removeprefix("torch.")}
-    if weights.adapters:
-        facts["adapters"] = [f"{path.name}:{factor:g}" for path, factor in weights.adapters]
-    with _progress(settings) as (on_step, say):
-        say(f"Loading {weights.label}")
-        pipeline = weights.family.pipeline(load_parts(weights, place, kind))
-        pipeline.set_progress_bar_config(disable=True)
-        samples = sample_many(weights.family, pipeline, settings, place, on_step)
-        for path, one, frames in zip(paths, settings, samples, strict=True):
-            entry = {**one.to_json(), **facts}
-            write_video(frames, path, fps, entry)
-            add_to_index(folder, {"file": path.name, **entry})
-            say(str(path))
-    return paths
+    plan, weights = job.plan, job.plan.weights
+    groups = plan.calls[rank.number :: rank.count]
+    machine = machine_facts(device, dtype)
+    entry_of = _entries(plan, groups, {**job.facts, **machine})
+    names = {i: plan.drawings[i].file for group in groups for i in group if plan.drawings[i].file}
+    index = {} if again else read_index(plan.folder)
+
+    def is_there(i: int) -> bool:
+        there = not again and (plan.folder / names[i]).is_file()
+        return there and there_already(plan.folder, names[i], essence(entry_of(i)), index)
+
+    there = {i for i in names if is_there(i)}
+    groups = tuple(group for group in groups if any(i in names and i not in there for i in group))
+    settings = [plan.drawings[i].settings for group in groups for i in group]
+    with _progress(settings, rank) as (on_step, say):
+        for note in (*plan.notes, *_machine_notes(job.stored, machine)):
+            say(note)
+        if there:
+            say(f"{len(there)} of {len(names)} are there already; --again draws them anew.")
+        if groups:
+            prepare_index(plan.folder, [name for i, name in names.items() if i not in there])
+            say(f"Loading {weights.label}")
+            pipeline = weights.family.pipeline(load_parts(weights, device, dtype))
+            pipeline.set_progress_bar_config(disable=True)
+            samples = sample_many(
+                weights.family, pipeline, settings, device, on_step, groups=_positions(map(len, groups))
+            )
+            for i, frames in zip([i for group in groups for i in group], samples, strict=True):
+                if i in names and i not in there:
+                    path, entry = plan.folder / names[i], entry_of(i)
+                    write_video(frames, path, plan.drawings[i].fps, entry)
+                    write_sidecar(path, entry)
+                    add_to_index(plan.folder, {"file": path.name, **entry})
+                    say(str(path))
+    return [plan.folder / name for name in names.values()]
 
 
-def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """A GPU where there is one; bf16 there (fp16 on cards without), fp32 on CPUs."""
+def _entries(plan: Plan, groups: Sequence[Sequence[int]], facts: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
+    """What the file of a drawing says of itself, by the drawing's position. Pictures are read when they are asked for:
+    there may be thousands."""
+    known: dict[str, str] = {}
+    places = {i: (group, place) for group in groups for place, i in enumerate(group)}
+
+    def entry_of(i: int) -> dict[str, Any]:
+        one, (group, place) = plan.drawings[i], places[i]
+        contents = {"image_contents": image_contents(one.settings.images, known)}
+        members = [plan.drawings[other].settings for other in group]
+        return {**one.entry(), **contents, **facts, **companions(members, place)}
+
+    return entry_of
+
+
+def _positions(sizes: Iterable[int]) -> list[range]:
+    """Neighbouring ranges of these lengths, from 0 on."""
+    ends = list(accumulate(sizes, initial=0))
+    return [range(first, end) for first, end in pairwise(ends)]
+
+
+def _machine_notes(stored: Mapping[str, Any] | None, machine: Mapping[str, Any]) -> list[str]:
+    """How this machine is not the one that a file was drawn on, where it is drawn again."""
+    if stored is None:
+        return []
+    names = ("dtype", "device_name", "threads", "versions")
+    other = [name for name in names if name in stored and stored[name] != machine.get(name)]
+    said = "; ".join(f"{name} was {stored[name]}, is {machine.get(name)}" for name in other)
+    return [f"Bytes may differ in rounding from the file's: {said}."] if other else []
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which of torchrun's processes this is; they share the samples out and need not talk to each other."""
+
+    number: int
+    count: int
+    local: int
+
+    @classmethod
+    def of_environment(cls) -> Rank:
+        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """What all ranks find wrong, the first alone says."""
+        try:
+            yield
+        except UserError as error:
+            if self.number:
+                raise ConfigError(str(error)) from error
+            raise
+
+
+def _device_and_dtype(
+    device: str | None, dtype: str | None, rank: Rank, option: str | None
+) -> tuple[torch.device, torch.dtype]:
+    """A GPU where there is one, each rank its own; bf16 there (fp16 on cards without), fp32 on CPUs."""
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and rank.count > 1:
+        device = f"cuda:{rank.local}"
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"--device {option or device}: cannot be used here ({str(error).splitlines()[0]}).") from error
     if dtype is not None:
         return place, torch_dtype(dtype)
     if place.type == "cpu":
@@ -173,57 +326,24 @@ def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.devi
     return place, torch.bfloat16 if native else torch.float16
 
 
-# -- the index -------------------------------------------------------------------------------------------------------
-
-
-def prepare_index(folder: Path, files: Sequence[str]) -> None:
-    """Make the folder, and take the lines of files that are about to be made anew out of its index."""
-    index = folder / INDEX
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not index.exists():
-            return
-        again = set(files)
-        lines = index.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.strip() and _file_of(line) not in again]
-        temporary = index.with_name(f".{INDEX}.{os.getpid()}")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(index)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}).") from error
-
-
-def _file_of(line: str) -> str | None:
-    try:
-        return json.loads(line).get("file")
-    except (ValueError, AttributeError):  # a line cut short by a full disk
-        return None
-
-
-def add_to_index(folder: Path, entry: dict[str, Any]) -> None:
-    """Append one line: ``file``, ``prompt``, ``seed`` and the other settings."""
-    with (folder / INDEX).open("a", encoding="utf-8") as index:
-        index.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
 @contextmanager
-def _progress(settings: list[SampleSettings]) -> Iterator[tuple[OnStep, Any]]:
+def _progress(settings: Sequence[SampleSettings], rank: Rank) -> Iterator[tuple[OnStep, Callable[[str], None]]]:
     """A bar over all denoising steps on a terminal; the lines that are said above it, or alone elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("[bold]sampling"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
+    silent = not console.is_terminal or rank.number > 0 or not settings
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=silent)
     task = bar.add_task("sampling", total=sum(one.steps for one in settings))
 
     def on_step(group: Sequence[int], _step: int, _steps: int) -> None:
         bar.advance(task, len(group))
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        of_rank = f"rank {rank.number}: " if rank.count > 1 else ""
+        console.print(of_rank + text, highlight=False, markup=False, soft_wrap=True)
 
     with bar:
         yield on_step, say

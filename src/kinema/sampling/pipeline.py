@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kinema.data.files import file_name
 from kinema.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class SampleSettings:
     """Guidance towards the pictures, of pipelines that have a scale for it."""
     seed: int = 0
     negative: str = ""
-    images: tuple[Path, ...] = ()
-    """First (and last) frame for image-to-video, control pictures for edit models; each is scaled to cover the
-    sample's size and cropped at the centre."""
+    images: tuple[Path | str, ...] = ()
+    """First (and last) frame for image-to-video, control pictures for edit models, as paths or addresses; each is
+    scaled to cover the sample's size and cropped at the centre."""
     shift: float | None = None
     """Time shift of the schedule; None leaves the pipeline's scheduler as it is."""
     text_length: int | None = None
@@ -57,7 +58,7 @@ class SampleSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are stored in a file's metadata."""
-        return {**asdict(self), "images": [image.name for image in self.images]}
+        return {**asdict(self), "images": [file_name(str(image)) for image in self.images]}
 
     @property
     def call(self) -> tuple[Any, ...]:
@@ -84,15 +85,18 @@ def sample_many(
     *,
     batch: int | None = None,
     texts: Texts | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Tensor]:
     """Samples of the pipeline in the order of ``settings``: pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
     Neighbours that share their size and schedule are drawn in one call, up to ``batch`` of them (default: as many as
-    `BATCH_PIXELS` allows). Text encoders are moved to ``device`` for their turn, the other parts for the length of the
-    sampling, and all of them back to where they were. ``texts``: embeddings from
-    before; the pipeline then needs no text encoder for the texts that they hold.
+    `BATCH_PIXELS` allows); ``groups`` says the calls instead, and its order is that of the samples. The size of a call
+    changes the last digits of what it draws. Text encoders are moved to ``device`` for their turn, the other parts for
+    the length of the sampling, and all of them back to where they were. ``texts``: embeddings from before; the pipeline
+    then needs no text encoder for the texts that they hold.
     """
-    groups = _groups(settings, batch if family.batched_sampling else 1)
+    if groups is None:
+        groups = calls(family, settings, batch)
     texts = texts or Texts(pipeline)
     texts.encode(settings, device)
     held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
@@ -109,8 +113,9 @@ def sample_many(
                 yield video.float().cpu() * 2 - 1
 
 
-def _groups(settings: Sequence[SampleSettings], batch: int | None) -> list[list[int]]:
-    """Positions of the samples of each pipeline call."""
+def calls(family: Family, settings: Sequence[SampleSettings], batch: int | None = None) -> list[list[int]]:
+    """Positions of the samples of each pipeline call, as `sample_many` makes them."""
+    batch = batch if family.batched_sampling else 1
     groups: list[list[int]] = []
     for i, one in enumerate(settings):
         size = batch or max(1, min(BATCH_LIMIT, BATCH_PIXELS // (one.height * one.width * one.frames)))
@@ -149,7 +154,7 @@ def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings])
     return arguments
 
 
-def picture(path: Path, height: int, width: int) -> Image.Image:
+def picture(path: Path | str, height: int, width: int) -> Image.Image:
     """A picture (or the first frame of a video) at the sample's size, by the transform of training clips."""
     from PIL import Image
 
@@ -161,7 +166,7 @@ def picture(path: Path, height: int, width: int) -> Image.Image:
     return Image.fromarray(pixels[:, 0].transpose(1, 2, 0))
 
 
-def _reporter(on_step: OnStep, group: list[int], steps: int) -> Callable[..., dict[str, Any]]:
+def _reporter(on_step: OnStep, group: Sequence[int], steps: int) -> Callable[..., dict[str, Any]]:
     def report(_pipeline: Any, index: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         on_step(group, index + 1, steps)
         return {}

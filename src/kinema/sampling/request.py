@@ -89,23 +89,29 @@ def _nearest(value: int, step: int, first: int) -> str:
     return str(below) if value < below else f"{below} or {below + step}"
 
 
-def check_images(family: Family, images: Sequence[Path], name: str = "--image") -> None:
+def check_images(family: Family, images: Sequence[Path | str], name: str = "--image") -> None:
     """UserError if pictures are needed and not given, given and not taken, or cannot be read."""
+    check_image_count(family, images, name)
+    from kinema.data.media import probe
+
+    for image in images:
+        probe(image)
+
+
+def check_image_count(family: Family, images: Sequence[Path | str], name: str = "--image") -> None:
+    """UserError if pictures are needed and not given, or given and not taken."""
     variant, (least, most) = family.variant, family.variant.pictures
     if most == 0 and images:
         raise UserError(f"{name} {images[0]}: {variant.name} makes {variant.modality}s from text alone; leave it away.")
     if not least <= len(images) <= most:
         what = "edits pictures" if "controls" in variant.conditions else "makes a video from its first frame"
+        what += " and its last one" if most == 2 and "references" in variant.conditions else ""
         what += " and its last one" if "last_frame" in variant.conditions else ""
         if least == 0:
             raise UserError(f"{variant.name} {what}: give up to {most} with {name}, or none; {len(images)} given.")
         wanted = {1: "the picture", 2: "both pictures, the first frame first,"}.get(least, f"{least} pictures")
         more = f" ({least} to {most} of them)" if most > least else ""
         raise UserError(f"{variant.name} {what}: give {wanted} with {name}{more}; {len(images)} given.")
-    from kinema.data.media import probe
-
-    for image in images:
-        probe(image)
 
 
 def check_image_guidance(family: Family, scale: float | None, name: str = "--image-guidance") -> None:

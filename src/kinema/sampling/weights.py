@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from kinema.training.checkpoint_list import Checkpoint
+
 _STEP = re.compile(r"step-(\d{8,})(?:-\d+)?")
 PIECE = 2**28
 """Elements of a checkpoint that are read at once."""
@@ -43,6 +45,8 @@ class Weights:
     """Files and the factors that they are folded in with."""
     trained: tuple[tuple[str, Path], ...] = ()
     """Adapter files of an export, by the part that each belongs to."""
+    export: Path | None = None
+    """The export that the weights are of, if they are of one."""
 
 
 def find_weights(
@@ -159,7 +163,7 @@ def _of_export(path: Path) -> Weights | None:
     config = load_config(place / "config.toml")
     trained = tuple(export.adapters.items())
     label = f"{config.run.dir.name} at step {export.step}"
-    return Weights(open_family(_free(export.model), config.run.seed), label, config, trained=trained)
+    return Weights(open_family(_free(export.model), config.run.seed), label, config, trained=trained, export=place)
 
 
 def _of_run(run: Path, ema: bool) -> Weights:
@@ -190,8 +194,31 @@ def _of_run(run: Path, ema: bool) -> Weights:
         assert found is not None
         return replace(found, label=f"{run.resolve().name} at step {_step(exports[-1])}", config=config)
     assert checkpoint is not None
+    return _of_checkpoint(run, config, checkpoint, ema)
+
+
+def _of_checkpoint(run: Path, config: Config, checkpoint: Checkpoint, ema: bool) -> Weights:
     family = open_family(_free(config.model), config.run.seed)
     return Weights(family, f"{run.resolve().name} at step {checkpoint.step}", config, checkpoint.path, ema)
+
+
+def weights_at(export: Path | None = None, checkpoint: Path | None = None, ema: bool = True) -> Weights:
+    """Those of one export, or of one checkpoint of a run, though there may be newer ones; UserError if it is gone."""
+    from kinema.config.load import load_config
+    from kinema.training.checkpoint_list import list_checkpoints
+
+    place = export or checkpoint
+    assert place is not None
+    if export is not None and (export / "kinema.json").is_file() and (found := _of_export(export)):
+        return found
+    if checkpoint is not None and (config_file := checkpoint.parent.parent / "config.toml").is_file():
+        for one in list_checkpoints(checkpoint.parent):
+            if one.path.name == checkpoint.name:
+                return _of_checkpoint(checkpoint.parent.parent, load_config(config_file), one, ema)
+    raise UserError(
+        f"{place} is no longer there. Say with --run or --model which weights to draw with, such as newer ones of the "
+        "same run."
+    )
 
 
 def _free(model: ModelConfig) -> ModelConfig:

@@ -70,6 +70,18 @@ def write_video(
     return path
 
 
+def sidecar(path: Path) -> Path:
+    """The JSON file beside a sample that says its settings: of ``a.mp4`` it is ``a.mp4.json``."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_sidecar(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the settings of the sample at ``path`` beside it, for people and other programs."""
+    text = json.dumps(metadata, indent=2, sort_keys=True, ensure_ascii=False)
+    with _whole_or_not_at_all(sidecar(path)) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
 @contextmanager
 def _whole_or_not_at_all(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that is renamed to it at the end, and removed if anything fails before."""

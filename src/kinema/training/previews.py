@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.dtypes import torch_dtype
 from kinema.families.base import Family, Parts
-from kinema.sampling.command import add_to_index, prepare_index
+from kinema.sampling.index import add_to_index, prepare_index
 from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
 from kinema.sampling.request import check_previews, defaults_of_run, preview_images, slug
 from kinema.sampling.writing import suffix, write_video
