@@ -50,7 +50,7 @@ def check(
 ) -> None:
     """Check the data of CONFIG, for scripts: exit code 0 if every record can be used, 1 if more than N are left out or
     a set has none, 2 for a mistake in CONFIG. Prints every record that is left out."""
-    _, sets = _inspect(context, config, quiet=as_json)
+    loaded, sets = _inspect(context, config, quiet=as_json)
     bad = [one for one in sets if len(one.left_out) > max_left_out or not one.used]
     if as_json:
         rows = [{"set": one.name, "ok": one not in bad, **_brief(one.to_json())} for one in sets]
@@ -61,6 +61,8 @@ def check(
                 print(entry)
             verdict = "not usable" if one in bad else "ok"
             print(f"{one.name}: {one.used} of {one.records} records used, {len(one.left_out)} left out: {verdict}")
+        if loaded.data.examine == "trust":
+            print("What tables say was believed, with data.examine = trust; --data.examine clips opens every file")
     raise typer.Exit(1 if bad else 0)
 
 

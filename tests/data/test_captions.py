@@ -178,7 +178,7 @@ def test_tags_and_capitals_together() -> None:
 # -- what a draw depends on ------------------------------------------------------------------------------------------
 
 
-def test_a_draw_depends_on_seed_path_and_caption_alone() -> None:
+def test_a_draw_depends_on_seed_name_and_caption_alone() -> None:
     config = {"shuffle_tags": True, "variants": 5}
     alone = captioner(**config).variants(record(TAGS))
     assert captioner(**config).variants(record("x, y, z, u", TAGS, "one"))[5:10] == alone, "other captions"
@@ -186,13 +186,17 @@ def test_a_draw_depends_on_seed_path_and_caption_alone() -> None:
     assert captioner(**(config | {"variants": 9})).variants(record(TAGS))[:5] == alone, "a larger number keeps them"
     assert captioner(4, **config).variants(record(TAGS)) != alone
     assert captioner(**config).variants(record(TAGS, path="b")) != alone
+    for moved in ("./clips/a.mp4", "/else/where/a.mp4", "s3://bucket/a.mp4", "shard.tar::clips/a.mp4"):
+        assert captioner(**config).variants(record(TAGS, path=moved)) == alone
+        turns = [captioner(**config).turn(record(TAGS, path=path), 7, 5) for path in (moved, "clips/a.mp4")]
+        assert turns[0] == turns[1], "a resumed run goes on with the same captions"
 
 
 PINNED = [
-    "1girl, smile, sky, blue eyes, red hair",
-    "1girl, red hair, blue eyes, sky, smile",
-    "A Girl Smiles",
+    "1girl, smile, blue eyes, red hair, sky",
+    "1girl, red hair, smile, blue eyes, sky",
     "a girl smiles",
+    "A GIRL SMILES",
 ]
 SCRIPT = """
 import json, sys

@@ -225,7 +225,7 @@ class DataConfig(Section):
     buckets: BucketConfig = BucketConfig()
     """Sizes and lengths."""
     strict: bool = False
-    """Any record that is left out stops the run before it starts."""
+    """Any record that is left out stops the run before it starts; a file that is read on line, when its turn comes."""
     examine: Literal["clips", "headers", "trust"] = "clips"
     """How files are looked at before anything expensive starts. `clips`: what will be used is decoded once, so that
     damage is known; what was found is remembered. `headers`: headers are read. `trust`: what tables say of their files

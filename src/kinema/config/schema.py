@@ -365,7 +365,7 @@ class EvaluationSetConfig(Section):
     name: str = Field(min_length=1)
     """Name in the metrics: `{name}/loss_quantile_0.10`."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Held-out folders."""
+    """Held-out sources."""
 
 
 class EvaluationConfig(Every):

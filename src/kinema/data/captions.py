@@ -1,6 +1,7 @@
 """Captions as they are trained on: prefix, shuffled tags and capitals, suffix, score text, and whose turn it is.
 
-Everything is a pure function of the seed and the record, so that neither other records nor ranks change a caption.
+Everything is a pure function of the seed, the record's captions and the name of its file, so that neither other
+records nor ranks nor the folder that it lies in change a caption.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from kinema.randomness import derive_seed
+
+from .files import file_name
 
 if TYPE_CHECKING:
     from kinema.config.data import CaptionConfig
@@ -85,7 +88,7 @@ class Captioner:
         those of a smaller one. With ``online``, one of each caption.
         """
         count = 1 if self.online else self.config.variants
-        texts = [self._shuffled(caption, count, record.path) for caption in record.captions]
+        texts = [self._shuffled(caption, count, file_name(record.path)) for caption in record.captions]
         most = max(map(len, texts))
         return tuple(self._finish(own[i % len(own)], record, fps) for own in texts for i in range(most))
 
@@ -100,14 +103,19 @@ class Captioner:
             finished = self.variants(record, fps)
             return finished[self.turn(record, use, len(finished))]
         caption = record.captions[self.turn(record, use, len(record.captions))]
-        return self._finish(self._shuffled(caption, 1, record.path, use)[0], record, fps)
+        return self._finish(self._shuffled(caption, 1, file_name(record.path), use)[0], record, fps)
+
+    def draws(self, record: Record) -> bool:
+        """Whether the name of a record's file decides anything."""
+        config = self.config
+        return len(record.captions) > 1 or config.shuffle_tags or config.shuffle_capitals
 
     def turn(self, record: Record, use: int, count: int) -> int:
         """Whose turn it is of ``count``: the place in `variants` of what `choose` gives, where text is cached."""
         if count == 1:
             return 0
         number, place = divmod(use, count)
-        draw = self._stream("turns", record.path, number)
+        draw = self._stream("turns", file_name(record.path), number)
         return _in_random_order(range(count), draw)[place]
 
     def _shuffled(self, caption: str, count: int, *key: int | str) -> list[str]:

@@ -73,9 +73,9 @@ def look(columns: MediaColumns, rows: np.ndarray, part: slice, fps: float | None
     29.97 frames a second count as 30: resampling would only repeat one frame in a thousand. Unevenly spaced frames are
     always resampled, unless no rate is asked for.
     """
-    video, own = columns.video[part], columns.fps[part]
-    offset, duration, frames = columns.offset[part], columns.duration[part], columns.frames[part]
-    height, width = columns.height[part], columns.width[part]
+    names = ("video", "fps", "offset", "duration", "frames", "height", "width")
+    pieces = (np.asarray(getattr(columns, name)[part]) for name in names)  # arithmetic on memory maps is slow
+    video, own, offset, duration, frames, height, width = pieces
     with np.errstate(all="ignore"):
         near = np.abs((fps or 0) / own - 1) < SAME_RATE
         rate = own if fps is None else np.where(near & ~columns.variable[part], own, fps)

@@ -7,11 +7,13 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from .files import absolute
 from .media import content_hash, memo_key
 from .records import MediaError
 
 if TYPE_CHECKING:
     from .facts import FactStore
+    from .records import Record
 
 
 class Contents:
@@ -27,11 +29,20 @@ class Contents:
 
     def __getitem__(self, location: str) -> str:
         if self.trust:
-            return "at " + hashlib.blake2b(location.encode(), digest_size=16).hexdigest()
+            return "at " + hashlib.blake2b(absolute(location).encode(), digest_size=16).hexdigest()
         found = self._known.get(location)
         if found is None:
             found = self._known[location] = content_hash(location, self._facts)
         return found
+
+    def read(self, record: Record) -> MediaError | None:
+        """Find the content of all files of a record; what was wrong with one."""
+        try:
+            for path in record.files:
+                self[path]
+        except MediaError as error:
+            return error
+        return None
 
     def is_known(self, location: str) -> bool:
         """Whether it can be told without reading the file."""

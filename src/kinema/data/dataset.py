@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kinema.errors import UserError
 from kinema.randomness import derive_seed, generator
 
 from .batch import Batch, Encoding
@@ -25,18 +28,19 @@ from .captions import Captioner
 from .contents import Contents
 from .encode import MASK, EntryPlanner, clip_identity
 from .facts import FactStore
+from .files import file_name
 from .items import Item, Items
 from .mixing import repeats_of
 from .online import OnlineEncoder
 from .prefetch import Prefetcher
-from .reading import Decoded, read_item
+from .reading import Decoded, read_item, stand_in
+from .records import LeftOut, MediaError, left_out_for
 from .sampler import BatchOrder, rank_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .gather import Gathered
-    from .records import LeftOut
 
 __all__ = ["Dataset", "Prefetcher", "Use"]
 
@@ -45,6 +49,8 @@ DECISIVE = {"captions", "repeats", "weight", "regularization"}
 """Settings of a source that decide what is trained on and do not show in its items."""
 
 
+UNREAD = 50
+"""After so many samples in a row whose files cannot be read, a run that encodes on line stops."""
 TRIED = 256
 """So many items are looked through for a long caption."""
 
@@ -82,14 +88,20 @@ class Dataset:
         caption_dropout: Mapping[str, float] | float = 0.0,
         text_encoders: Sequence[str] = (),
         workers: int = 0,
+        strict: bool = False,
     ) -> None:
         """``captioners``: of each source. ``caption_dropout``: of all ``text_encoders`` together, or of each by its
-        name, drawn independently. ``workers``: threads that decode what is encoded on line."""
+        name, drawn independently. ``workers``: threads that decode what is encoded on line; ``strict``: a file that
+        cannot be read then is an error."""
         assert len(items) > 0
         self.items, self.gathered, self.captioners = items, gathered, captioners
         self.planner, self.contents, self.facts, self.cache, self.online = planner, contents, facts, cache, online
         self.seed, self.posterior, self.caption_dropout = seed, posterior, caption_dropout
         self.text_encoders = frozenset(text_encoders)
+        self.strict = strict
+        self.unread: dict[str, LeftOut] = {}
+        """Files that are encoded on line and could not be read when their turn came."""
+        self._unread_in_a_row = 0
         self._pool = ThreadPoolExecutor(workers or 1, thread_name_prefix="decode") if online else None
         self.set_batch_sizes([1] * len(items.buckets))
 
@@ -106,7 +118,7 @@ class Dataset:
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Everything that the sources have and that is not used, each with its reason."""
-        return tuple(self.gathered.each())
+        return tuple(self.gathered.all_left_out)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -128,7 +140,9 @@ class Dataset:
             digest.update(np.ascontiguousarray(column).tobytes())
         for item in () if trusted else self.items:
             media, *others = (self.contents[path] for path in item.record.files)
-            digest.update(repr((clip_identity(item, media), others, item.record.captions)).encode())
+            name = file_name(item.record.path) if self.captioners[item.source].draws(item.record) else ""
+            told = (item.record.captions, sorted(item.record.scores.items()), name)
+            digest.update(repr((clip_identity(item, media), others, told)).encode())
         return digest.hexdigest()
 
     def global_size(self, step: int) -> int:
@@ -195,10 +209,11 @@ class Dataset:
         decoded: Iterator[Decoded] = itertools.repeat(Decoded())
         if self._pool is not None:
             decoded = self._pool.map(self._decode, items)
-        rows = [
-            self._sample(item, caption, use, pixels)
-            for item, caption, use, pixels in zip(items, captions, uses, decoded, strict=False)
-        ]
+        rows = []
+        for position, (item, use, pixels) in enumerate(zip(items, uses, decoded, strict=False)):
+            rows.append(self._sample(item, captions[position], use, pixels))
+            if self._pool is not None and not self._was_read(item, pixels):
+                weights = [0.0 if n == position else weight for n, weight in enumerate(weights)]
         masks = [row.pop("mask", None) for row in rows]
         factors = [self.items.sources[item.source].config.loss_weight for item in items]
         return Batch(
@@ -223,7 +238,33 @@ class Dataset:
 
     def _decode(self, item: Item) -> Decoded:
         assert self.online is not None
-        return read_item(item, [one for one in self.planner.of(item) if one in self.online], self.facts)
+        wanted = [one for one in self.planner.of(item) if one in self.online]
+        facts = None if self.contents.trust else self.facts  # of a huge set, each file is read about once
+        for pause in (1, 5, None):
+            try:
+                return read_item(item, wanted, facts)
+            except MediaError as error:
+                if error.code != "unreachable" or pause is None:
+                    return stand_in(item, error)
+            time.sleep(pause)
+        raise AssertionError
+
+    def _was_read(self, item: Item, decoded: Decoded) -> bool:
+        """Whether an item's files could be read; said once for each that could not. Such a sample teaches nothing, at
+        every use alike. UserError where all is lost, or ``strict`` is set."""
+        if decoded.problem is None:
+            self._unread_in_a_row = 0
+            return True
+        entry = left_out_for(item.record, decoded.problem)
+        if self.strict:
+            raise UserError(f"data.strict is set, and a file cannot be used: {entry}")
+        self._unread_in_a_row += 1
+        if self._unread_in_a_row >= UNREAD:
+            raise UserError(f"{UNREAD} samples in a row cannot be read, now {entry}. Is their storage there?")
+        if entry.path not in self.unread:
+            self.unread[entry.path] = entry
+            print(f"Left out of the training: {entry}", file=sys.stderr, flush=True)
+        return False
 
     def _sample(self, item: Item, caption: str, use: Use, decoded: Decoded) -> dict[str, Tensor]:
         """The tensors of an item, posteriors drawn: its own memory, read while nobody waits for it."""

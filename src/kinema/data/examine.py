@@ -11,9 +11,10 @@ from kinema.errors import UserError
 
 from .buckets import Clip
 from .facts import EXAMINED, FactStore, looked_from_text, looked_to_text
+from .files import absolute
 from .masks import check_mask, is_black
 from .media import check_clip, memo_key, probe
-from .records import LeftOut, MediaError, MediaInfo, Record
+from .records import LeftOut, MediaError, MediaInfo, Record, left_out_for
 from .transform import Transform, crop_within
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def look(
         notes = (*notes, *_controls(record, True), *_mask(record, info, uses))
         return Looked(info, (*info.notes, *notes), version=version)
     except MediaError as error:
-        reason = str(error).removeprefix(f"{record.path} ").removeprefix(f"{record.path}: ")
-        left_out = LeftOut(record.path, reason, error.code, record.source)
+        left_out = left_out_for(record, error)
     except UserError:
         raise
     except OSError as error:
@@ -218,7 +218,7 @@ def remember(record: Record, looked: Looked, facts: FactStore, settings: Setting
 def _version(record: Record, trust: bool) -> str | None:
     """Which versions of its files a record has now; None where one is missing."""
     try:
-        return "\0".join(record.files if trust else map(memo_key, record.files))
+        return "\0".join(map(absolute if trust else memo_key, record.files))
     except MediaError:
         return None
 

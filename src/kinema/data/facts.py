@@ -56,7 +56,7 @@ class FactStore(MutableMapping[str, str]):
 
     def refresh(self) -> None:
         """Find what was added since, by any process. A line that is not whole yet is left for the next time."""
-        for path in sorted(self.directory.glob("*.facts")):
+        for path in sorted(self.directory.glob("*.facts"), key=_changed):  # what was found last counts
             number = self._number(path.name)
             if number == self._own:
                 continue
@@ -169,6 +169,13 @@ class FactStore(MutableMapping[str, str]):
             self._finish()
             while self._readers:
                 os.close(self._readers.popitem()[1])
+
+
+def _changed(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except FileNotFoundError:
+        return 0, path.name
 
 
 def _encoded(key: str) -> bytes:

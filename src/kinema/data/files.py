@@ -69,6 +69,14 @@ def local_path(location: str) -> Path | None:
     return Path(_plain(location))
 
 
+def absolute(location: str) -> str:
+    """The location by which a file is known from any directory."""
+    if is_remote(location):
+        return location
+    member = split_member(location)
+    return os.path.abspath(_plain(location)) if member is None else f"{absolute(member[0])}::{member[1]}"
+
+
 def _is_web(location: str) -> bool:
     return location[:8].lower().startswith(("http://", "https://"))
 

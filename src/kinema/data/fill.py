@@ -5,10 +5,8 @@ Each entry is encoded by itself, so that it is the same on any number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -26,7 +24,7 @@ from .facts import FactStore
 from .forecast import Forecast, Meter
 from .items import Item, Items
 from .reading import Decoded, encode_one, read_item
-from .records import LeftOut, MediaError
+from .records import LeftOut, MediaError, left_out_for
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +39,8 @@ PATIENCE = 60.0
 Captions = Callable[[Item, Encoding], Sequence[str]]
 """All captions under which one encoding of an item may be read; ("",) for what reads no caption."""
 Parts = tuple[str, ...]
+Failed = dict[int, LeftOut]
+"""Records that cannot be encoded, by `Items.record_keys`."""
 NOTHING = Decoded()
 
 
@@ -53,6 +53,8 @@ class Job:
     decoded: Decoded = NOTHING
     left_out: LeftOut | None = None
     """Why the item cannot be encoded after all."""
+    record: int = -1
+    """Of the item; see `Items.record_keys`. -1: an entry of the caption alone, which many records may have."""
 
 
 class Filler:
@@ -75,42 +77,56 @@ class Filler:
         self.cache, self.facts, self.contents = cache, facts, contents
         self.encoder, self.planner, self.ranks = encoder, planner, ranks
         self.dtype, self.workers, self.say = dtype, workers, say
-        self._claimed: set[bytes] = set()
-        self._lock = threading.Lock()
 
     def fill(
         self, items: Items, captions: Captions, encodings: Sequence[Encoding], *, stop_at_forecast: bool
-    ) -> list[LeftOut]:
-        """Encode what is missing of these encodings; gives the files that could not be used, the same on all ranks.
+    ) -> Failed:
+        """Encode what is missing of these encodings; gives the records that could not be used, the same on all ranks.
 
         ``stop_at_forecast``: one entry of each encoding, to measure it, and no more.
         """
         together(self.ranks, lambda: self.cache.adopt() if self.ranks.rank == 0 else None)
         self.facts.refresh()  # hashes that other ranks have found
-        failed: dict[str, LeftOut] = {}
-        groups = _by_parts(encodings)
         units = together(self.ranks, lambda: self._survey(items, captions, encodings))
-        forecast = Forecast(sum(self.ranks.gather_objects(units), Counter()), self.cache, self.ranks.size, self.say)
+        todo = sum(self.ranks.gather_objects(units), Counter[str]())
+        forecast = Forecast(todo, self.cache, self.ranks.size, self.say)
+        failed: Failed = {}
         for _ in range(ROUNDS):
-            loaded: dict[str, Any] = {}
-            for number, (names, group) in enumerate(groups.items()):
-                later = {part for rest in list(groups)[number + 1 :] for part in rest}
-                work = (items, captions, group, names, loaded, forecast, failed, stop_at_forecast)
-                found = together(self.ranks, lambda work=work: self._fill_group(*work))  # type: ignore[misc]
-                self._free(loaded, keep=later)
-                for result in self.ranks.gather_objects(found):
-                    failed.update(result)
-            for hashes in self.ranks.gather_objects(dict(self.contents.found)):
-                self.contents.update(hashes)
-            if stop_at_forecast:
-                forecast.tell()
-                return list(failed.values())
-            if not self._waits(items, captions, encodings, failed):
-                return list(failed.values())
-        raise UserError(
-            f"entries written to the cache directory {self.cache.directory} do not show up there. Is it one directory, "
-            "on a file system that all processes share? If so, start again"
-        )
+            if not todo:
+                break
+            self._round(items, captions, encodings, forecast, failed, stop_at_forecast)
+            if stop_at_forecast or not self._waits(items, captions, encodings, failed):
+                break
+        else:
+            raise UserError(
+                f"entries written to the cache directory {self.cache.directory} do not show up there. Is it one "
+                "directory, on a file system that all processes share? If so, start again"
+            )
+        for hashes in self.ranks.gather_objects(dict(self.contents.found)):
+            self.contents.update(hashes)
+        if stop_at_forecast:
+            together(self.ranks, forecast.tell)
+        return failed
+
+    def _round(
+        self,
+        items: Items,
+        captions: Captions,
+        encodings: Sequence[Encoding],
+        forecast: Forecast,
+        failed: Failed,
+        stop_at_forecast: bool,
+    ) -> None:
+        """Encode what every rank sees to be missing of its share; adds to ``failed`` what could not be."""
+        groups = _by_parts(encodings)
+        loaded: dict[str, Any] = {}
+        for number, (names, group) in enumerate(groups.items()):
+            later = {part for rest in list(groups)[number + 1 :] for part in rest}
+            work = (items, captions, group, names, loaded, forecast, failed, stop_at_forecast)
+            found = together(self.ranks, lambda work=work: self._fill_group(*work))  # type: ignore[misc]
+            self._free(loaded, keep=later)
+            for result in self.ranks.gather_objects(found):
+                failed.update(result)
 
     # -- what is missing -------------------------------------------------------------------------------------------
 
@@ -156,9 +172,11 @@ class Filler:
         def known() -> Iterator[Entry]:
             for item in self._mine(items) if of_files else ():
                 if all(self.contents.is_known(path) for path in item.record.files):
-                    with contextlib.suppress(MediaError):  # it is met again, and listed, when it is read
+                    try:
                         yield from list(self._needed(item, captions, of_files))
-                    continue
+                        continue
+                    except MediaError:  # it is met again, and listed, when it is read
+                        pass
                 for encoding in self.planner.of(item):
                     if encoding in of_files:
                         units[encoding.name] += pixels_of(item) * len(captions(item, encoding))
@@ -168,16 +186,13 @@ class Filler:
             units[entry.encoding.name] += entry.units
         return units
 
-    def _waits(
-        self, items: Items, captions: Captions, encodings: Sequence[Encoding], failed: dict[str, LeftOut]
-    ) -> bool:
+    def _waits(self, items: Items, captions: Captions, encodings: Sequence[Encoding], failed: Failed) -> bool:
         """Whether any rank still misses an entry after waiting for the others' to show up."""
 
         def see_all() -> bool:
             patience = time.monotonic() + PATIENCE
             while True:
                 self.cache.refresh()
-                self._claimed.clear()
                 if not self._any_missing(items, captions, encodings, failed):
                     return False
                 if self.ranks.size == 1 or time.monotonic() > patience:
@@ -186,10 +201,9 @@ class Filler:
 
         return any(self.ranks.gather_objects(together(self.ranks, see_all)))
 
-    def _any_missing(
-        self, items: Items, captions: Captions, encodings: Sequence[Encoding], failed: dict[str, LeftOut]
-    ) -> bool:
-        used = (item for item in items if item.record.path not in failed)
+    def _any_missing(self, items: Items, captions: Captions, encodings: Sequence[Encoding], failed: Failed) -> bool:
+        keys = items.record_keys.tolist() if failed else itertools.repeat(0)
+        used = (item for item, key in zip(items, keys, strict=False) if key not in failed)
         return bool(self.cache.missing(entry.key for item in used for entry in self._needed(item, captions, encodings)))
 
     # -- encoding --------------------------------------------------------------------------------------------------
@@ -202,12 +216,12 @@ class Filler:
         names: Parts,
         parts: dict[str, Any],
         forecast: Forecast,
-        failed: dict[str, LeftOut],
+        failed: Failed,
         stop_at_forecast: bool,
-    ) -> dict[str, LeftOut]:
+    ) -> Failed:
         """Encode this rank's share of a group of encodings that are made by the same parts, which are loaded when the
         first is missing."""
-        new: dict[str, LeftOut] = {}
+        new: Failed = {}
         total = sum(forecast.left.get(encoding.name, 0) for encoding in group)
         meter = Meter(f"Encoding {', '.join(encoding.name for encoding in group)}", total / self.ranks.size, self.say)
         of_files = [encoding for encoding in group if reads_files(encoding)]
@@ -215,11 +229,13 @@ class Filler:
         try:
             for job in self._jobs(items, captions, texts, of_files, failed):
                 if job.left_out is not None:
-                    new[job.left_out.path] = job.left_out
+                    new[job.record] = job.left_out
                     continue
                 self._load(names, parts)
                 own = {name: parts[name] for name in names}
                 for entry in job.entries:
+                    if entry.key in self.cache:  # of a file of the same content, decoded at the same time
+                        continue
                     tensors = encode_one(self.encoder, entry.encoding, own, job.decoded, entry.caption)
                     forecast.add(entry, self.cache.put(entry.key, tensors))
                     meter.step(entry.units)
@@ -254,26 +270,24 @@ class Filler:
         captions: Captions,
         texts: Sequence[Encoding],
         of_files: Sequence[Encoding],
-        failed: dict[str, LeftOut],
+        failed: Failed,
     ) -> Iterator[Job]:
         """What is missing, files decoded a few ahead in threads."""
         for entry in self._caption_entries(items, captions, texts):
             yield Job(items[0], (entry,))
         if not of_files:
             return
-        todo = (item for item in self._mine(items) if item.record.path not in failed)
-        for job in ahead(lambda item: self._prepare(item, captions, of_files), todo, self.workers):
+        keys = items.record_keys[self.ranks.rank :: self.ranks.size].tolist()
+        todo = ((item, key) for item, key in zip(self._mine(items), keys, strict=True) if key not in failed)
+        for job in ahead(lambda pair: self._prepare(pair[0], pair[1], captions, of_files), todo, self.workers):
             if job is not None:
                 yield job
 
-    def _prepare(self, item: Item, captions: Captions, group: Sequence[Encoding]) -> Job | None:
+    def _prepare(self, item: Item, key: int, captions: Captions, group: Sequence[Encoding]) -> Job | None:
         """Hash an item's files, see what is missing, decode it. None: nothing is missing."""
         record = item.record
         try:
             missing = [entry for entry in self._needed(item, captions, group) if entry.key not in self.cache]
-            with self._lock:  # two records of one content: the first is encoded, the second finds it claimed
-                missing = [entry for entry in missing if entry.key not in self._claimed]
-                self._claimed.update(entry.key for entry in missing)
             if not missing:
                 return None
             decoded = read_item(item, [entry.encoding for entry in missing], self.facts)
@@ -281,8 +295,7 @@ class Filler:
                 if not self.contents.unchanged(path):
                     raise MediaError(f"{path} was changed while it was being prepared: start again", "changed")
         except MediaError as error:
-            reason = str(error).removeprefix(f"{record.path} ").removeprefix(f"{record.path}: ")
-            return Job(item, (), left_out=LeftOut(record.path, reason, error.code, record.source))
+            return Job(item, (), left_out=left_out_for(record, error), record=key)
         return Job(item, tuple(missing), decoded)
 
 

@@ -20,11 +20,12 @@ from .captions import Captioner
 from .contents import Contents
 from .encode import Encoder, Ranks, together
 from .facts import FactStore
+from .files import absolute
 from .fill import ahead
 from .gather import Gathered, gather
 from .items import Item, Items
 from .mixing import repeats_of
-from .records import LeftOut, MediaError
+from .records import LeftOut, MediaError, left_out_for
 from .sampler import BatchOrder
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 THUMBNAILS = 48
 COMMON = 10
 """So many of the captions that several records share are shown."""
+CAPTIONS = 100_000
+"""Of so many records at most, spread evenly over all, the captions are looked at."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class BucketSummary:
 class CaptionSummary:
     """The captions of the records that are used, before prefix, suffix and shuffling."""
 
+    records: int
+    """Those that were looked at: all, or an even choice of a large set."""
     captions: int
     distinct: int
     empty: int
@@ -83,10 +88,10 @@ class Inspection:
 
     name: str
     records: int
-    """Every row and media file that the sources have: used + those left out."""
+    """Every row and media file that the sources have: used, left out, or passed over by a bucket table."""
     used: int
     items: int
-    left_out: tuple[LeftOut, ...]
+    left_out: Sequence[LeftOut]
     codes: Mapping[str, int]
     notes: tuple[tuple[str, str], ...]
     counts: Mapping[str, int]
@@ -118,24 +123,22 @@ def inspect_data(
     ranks: Ranks,
     *,
     name: str = "training",
+    training: bool = True,
     device_count: int = 1,
     say: Callable[[str], None] = lambda message: None,
 ) -> Inspection:
-    """Look at the records of some sources as the training would; nothing is encoded. ``device_count``: data-parallel
-    devices, for batch sizes that are given for one. A set of which nothing can be used is no error here."""
+    """Look at the records of some sources as the training would; nothing is encoded. ``training`` False: as a held-out
+    set. ``device_count``: data-parallel devices, for batch sizes that are given for one. A set of which nothing can be
+    used is no error here."""
     directory = config.data.cache or config.run.dir.parent / "cache"
     together(ranks, lambda: Cache(directory))  # that it can be used is found out here
     facts = FactStore(directory)
     try:
-        found = gather(
-            config, sources, encoder, ranks, facts=facts, say=lambda message: None, online="media" in config.data.online
-        )
-        contents = Contents(facts, trust=config.data.examine == "trust")
-        say("Reading files for duplicates ...")
-        duplicates, unreadable = _duplicates(found.items, contents, config.data.workers)
+        online = training and "media" in config.data.online
+        found = gather(config, sources, encoder, ranks, facts=facts, say=lambda message: None, online=online)
+        duplicates = _duplicates(found, Contents(facts, config.data.examine == "trust"), config.data.workers, say)
     finally:
         facts.close()
-    found.left_out.append(unreadable)
     items = found.items
     settings = [source.config for source in items.sources]
     counts = np.bincount(items.source, minlength=len(settings))
@@ -145,14 +148,12 @@ def inspect_data(
     if sizes is not None and len(items):
         order = BatchOrder(items.bucket, sizes, config.run.seed, source_of=items.source, repeats=repeats)
         steps = float(order.steps_per_epoch)
-    used = items.records
-    left_out = tuple(found.each())
     return Inspection(
         name=name,
-        records=used + len(left_out),
-        used=used,
+        records=items.records + sum(found.of_source),
+        used=items.records,
         items=len(items),
-        left_out=left_out,
+        left_out=found.all_left_out,
         codes=found.codes(),
         notes=tuple(found.notes),
         counts=dict(found.counts),
@@ -183,52 +184,60 @@ def _source(found: Gathered, number: int, repeats: float) -> SourceSummary:
     source, items = found.items.sources[number], found.items
     mine = items.source == number
     used = len(np.unique(items.row[mine]))
-    left_out = sum(entry.source == source.name for entry in found.each())
+    left_out = found.of_source[number]
     return SourceSummary(
         source.name, source.config.path, used + left_out, used, int(mine.sum()), repeats, source.config.regularization
     )
 
 
-def _records(items: Items) -> list[int]:
+def _records(items: Items) -> np.ndarray:
     """The number of one item of each record."""
-    keys = items.source.astype(np.uint64) << np.uint64(32) | items.row.astype(np.uint64)
-    return [int(index) for index in np.unique(keys, return_index=True)[1]]
+    return np.unique(items.record_keys, return_index=True)[1]
 
 
 def _captions(items: Items) -> CaptionSummary:
     shared: Counter[str] = Counter()
     several = 0
-    for index in _records(items):
+    records = _records(items)
+    chosen = records[:: max(1, -(-len(records) // CAPTIONS))]
+    for index in chosen.tolist():
         captions = items[index].record.captions
         several += len(captions) > 1
         shared.update(set(captions))
     words = sorted(len(caption.split()) for caption in shared.elements())
     common = tuple((text, count) for text, count in shared.most_common(COMMON) if count > 1)
     return CaptionSummary(
-        len(words), len(shared), shared.get("", 0), several, words[0] if words else 0,
+        len(chosen), len(words), len(shared), shared.get("", 0), several, words[0] if words else 0,
         statistics.median(words) if words else 0.0, words[-1] if words else 0, common,
     )  # fmt: skip
 
 
-def _duplicates(items: Items, contents: Contents, workers: int) -> tuple[tuple[tuple[str, ...], ...], list[LeftOut]]:
-    """Groups of files of one content, and files that cannot be read whole."""
+def _duplicates(
+    found: Gathered, contents: Contents, workers: int, say: Callable[[str], None]
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of files of one content. Records that cannot be read whole are taken out of the items and left out. With
+    ``trust`` no file is read, and nothing found."""
+    items = found.items
+    if contents.trust:
+        say('Duplicates are not looked for: with data.examine = "trust" no file is read')
+        return ()
+    say("Reading files for duplicates ...")
     by_content: dict[str, list[str]] = {}
-    unreadable: list[LeftOut] = []
+    unreadable: dict[int, LeftOut] = {}
+    keys = items.record_keys.tolist()
 
-    def identify(index: int) -> tuple[Item, str | MediaError]:
+    def identify(index: int) -> tuple[int, Item, MediaError | None]:
         item = items[index]
-        try:
-            return item, contents[item.record.path]
-        except MediaError as error:
-            return item, error
+        return index, item, contents.read(item.record)
 
-    for item, content in ahead(identify, _records(items), workers):
-        if isinstance(content, MediaError):
-            unreadable.append(LeftOut(item.record.path, str(content), content.code, item.record.source))
-        else:
-            by_content.setdefault(content, []).append(item.record.path)
-    groups = (tuple(dict.fromkeys(paths)) for paths in by_content.values())
-    return tuple(group for group in groups if len(group) > 1), unreadable
+    for index, item, error in ahead(identify, _records(items).tolist(), workers):
+        if error is None:
+            by_content.setdefault(contents[item.record.path], []).append(item.record.path)
+            continue
+        unreadable[keys[index]] = left_out_for(item.record, error)
+    found.leave_out(unreadable)
+    groups = (tuple({absolute(path): path for path in paths}.values()) for paths in by_content.values())
+    return tuple(group for group in groups if len(group) > 1)
 
 
 def _example(item: Item, source: SourceConfig, seed: int) -> tuple[Item, str]:
@@ -241,7 +250,9 @@ def _spread(items: Items) -> list[int]:
     if not len(items):
         return []
     keys = items.source.astype(np.int64) * len(items.buckets) + items.bucket
-    groups = [np.flatnonzero(keys == key) for key in np.unique(keys)]
+    order = np.argsort(keys, kind="stable")
+    _, first = np.unique(keys[order], return_index=True)
+    groups = np.split(order, first[1:])
     each = max(1, THUMBNAILS // len(groups))
     chosen = [
         int(i) for group in groups for i in group[np.linspace(0, len(group) - 1, min(each, len(group))).astype(int)]

@@ -99,6 +99,13 @@ class Items:
         return Items(self.sources, tuple(self.buckets[n] for n in used), **columns)
 
     @property
+    def record_keys(self) -> np.ndarray:
+        """uint64 [N]: a number for each record, the same for all of its items."""
+        import numpy as np
+
+        return self.source.astype(np.uint64) << np.uint64(32) | self.row.astype(np.uint64)
+
+    @property
     def records(self) -> int:
         """How many records they are of."""
         import numpy as np

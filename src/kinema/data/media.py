@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
 
-from .files import is_remote, local_path, open_binary, status
+from .files import absolute, is_remote, local_path, open_binary, status
 from .picture_reader import open_picture, probe_picture, read_animation, to_rgb
 from .records import MediaError, MediaInfo, exact_rate
 from .transform import Transform, crop_within, fit
@@ -269,5 +269,5 @@ def memo_key(path: Path | str) -> str:
     """What a memoised fact about a file is filed under: it changes when the file does. MediaError where there is
     none."""
     location = str(path)
-    found, local = status(location), local_path(location)
-    return f"{location if local is None else os.path.abspath(local)}\0{found.size}\0{found.stamp}"
+    found = status(location)
+    return f"{absolute(location)}\0{found.size}\0{found.stamp}"

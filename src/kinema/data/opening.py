@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from kinema.config.data import CaptionConfig, SourceConfig
 from kinema.config.schema import Config
@@ -24,7 +21,7 @@ from .fill import Filler, ahead
 from .gather import Gathered, check, gather, report
 from .items import Item
 from .online import OnlineEncoder
-from .records import LeftOut, MediaError
+from .records import LeftOut, MediaError, left_out_for
 
 if TYPE_CHECKING:
     from .buckets import Bucket
@@ -53,21 +50,21 @@ def open_data(
     cannot and ``data.strict`` is set, and where the cache cannot be written.
     """
     assert config.training.precision != "auto", "the precision is settled before data is opened"
-    opened = _Opened(config, sources, encoder, ranks, say, training)
+    opened = _Opened(config, sources, encoder, ranks, say, training, fresh=regenerate)
     try:
         if regenerate:
-            keys = {key for _, key in opened.named_keys()}
+            keys = (key for _, key in opened.named_keys())
             together(ranks, lambda: forget(opened.cache, keys) if ranks.rank == 0 else None)
             opened.cache.refresh()
-        failed = opened.fill(stop_at_forecast=forecast_only)
+        opened.leave_out(opened.identify())
+        opened.leave_out(opened.fill(stop_at_forecast=forecast_only))
     finally:
         opened.facts.close()
-    if failed:
-        opened.leave_out(failed)
     data = Dataset(
         opened.gathered.items, opened.gathered, opened.captioners, opened.planner, opened.contents, opened.facts,
         opened.cache, opened.online, seed=config.run.seed, posterior=config.model.posterior,
         caption_dropout=opened.dropout, text_encoders=encoder.text_encoders, workers=config.data.workers,
+        strict=config.data.strict,
     )  # fmt: skip
     if batch_sizes is not None:
         data.set_batch_sizes(batch_sizes(data.buckets))
@@ -77,11 +74,17 @@ def open_data(
 
 
 def planned_keys(
-    config: Config, sources: Sequence[SourceConfig], encoder: Encoder, ranks: Ranks, say: Say = lambda message: None
+    config: Config,
+    sources: Sequence[SourceConfig],
+    encoder: Encoder,
+    ranks: Ranks,
+    say: Say = lambda message: None,
+    *,
+    training: bool = True,
 ) -> Iterator[tuple[str, bytes]]:
-    """(name of the encoding, key) of every cache entry that a configuration needs for some sources; reads files whose
-    content was never hashed, encodes nothing."""
-    opened = _Opened(config, sources, encoder, ranks, say, training=True)
+    """(name of the encoding, key) of every cache entry that a configuration needs for some sources, opened as
+    `open_data` would; reads files whose content was never hashed, encodes nothing."""
+    opened = _Opened(config, sources, encoder, ranks, say, training)
     try:
         yield from opened.named_keys()
     finally:
@@ -92,8 +95,16 @@ class _Opened:
     """A data set on its way: everything but the encodings."""
 
     def __init__(
-        self, config: Config, sources: Sequence[SourceConfig], encoder: Encoder, ranks: Ranks, say: Say, training: bool
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        encoder: Encoder,
+        ranks: Ranks,
+        say: Say,
+        training: bool,
+        fresh: bool = False,
     ) -> None:
+        """``fresh``: what is remembered of files that are known by their location is found anew."""
         self.config, self.sources, self.ranks, self.say = config, sources, ranks, say
         self.dtype = torch_dtype(config.training.precision)
         self.dropout = config.training.caption_dropout if training else 0.0
@@ -105,25 +116,26 @@ class _Opened:
         self.contents = Contents(self.facts, trust=config.data.examine == "trust")
         kinds = config.data.online if training else ()
         self.gathered: Gathered = gather(
-            config, sources, encoder, ranks, facts=self.facts, say=say, online="media" in kinds
+            config, sources, encoder, ranks, facts=self.facts, say=say, online="media" in kinds, fresh=fresh
         )
-        check(self.gathered, sources, config.data.strict)
+        check(self.gathered, sources, config.data.strict, directory)
         self.encoder = encoder
         self.planner: EntryPlanner = plan_entries(encoder, ranks, self.dtype)
         online = [one for one in (*self.planner.encodings, MASK) if ("media" if reads_files(one) else "text") in kinds]
         self.online = OnlineEncoder(encoder, ranks, online, self.dtype) if online else None
         self.cached = [one for one in (*self.planner.encodings, MASK) if one not in online]
-        fresh = "text" in kinds and any(not reads_files(one) for one in self.planner.encodings)
+        # A caption that is made anew for every use is in no cache: then nothing that reads one may be cached.
+        anew = "text" in kinds and not any(one.reads_caption for one in self.cached)
         self.captioners = [
-            Captioner(source.captions or CaptionConfig(), config.run.seed, online=fresh) for source in sources
+            Captioner(source.captions or CaptionConfig(), config.run.seed, online=anew) for source in sources
         ]
 
     def captions(self, item: Item, encoding: Encoding) -> tuple[str, ...]:
         """All captions under which an encoding of an item is cached."""
         return cached_captions(self.captioners[item.source], item, encoding, self.dropout)
 
-    def fill(self, *, stop_at_forecast: bool) -> list[LeftOut]:
-        """Encode what is missing and not made on line; gives what could not be."""
+    def fill(self, *, stop_at_forecast: bool) -> dict[int, LeftOut]:
+        """Encode what is missing and not made on line; gives what could not be, by `Items.record_keys`."""
         filler = Filler(
             self.cache, self.facts, self.contents, self.encoder, self.planner, self.ranks,
             dtype=self.dtype, workers=self.config.data.workers, say=self.say,
@@ -133,30 +145,42 @@ class _Opened:
     def named_keys(self) -> Iterator[tuple[str, bytes]]:
         """(name of the encoding, key) of every entry that is cached for these items; a file that cannot be read has
         none."""
-        hashed = partial(_hashed, self.contents)
-        for item in ahead(hashed, self.gathered.items, self.config.data.workers):
-            for encoding in self.planner.of(item) if item is not None else ():
+        for item, error in ahead(self._read, self.gathered.items, self.config.data.workers):
+            for encoding in self.planner.of(item) if error is None else ():
                 if encoding in self.cached:
                     for caption in self.captions(item, encoding):
                         yield encoding.name, self.planner.entry(encoding, item, caption, self.contents).key
 
-    def leave_out(self, failed: Sequence[LeftOut]) -> None:
-        """Take records that could not be encoded out of the items, and say so."""
-        gone = {entry.path for entry in failed}
-        items = self.gathered.items
-        kept = np.array([item.record.path not in gone for item in items])
-        self.gathered.items = items.only(kept)
-        self.gathered.left_out.append(list(failed))
+    def identify(self) -> dict[int, LeftOut]:
+        """Find the content of files that are encoded on line, which the identity of the data asks for, each rank for
+        its share; gives what could not be read, by `Items.record_keys`. With ``trust``, and for what is cached, there
+        is nothing to do here."""
+        items, ranks = self.gathered.items, self.ranks
+        if self.contents.trust or self.online is None or not any(map(reads_files, self.online.encodings)):
+            return {}
+
+        def share() -> dict[int, LeftOut]:
+            mine = range(ranks.rank, len(items), ranks.size)
+            read = ahead(self._read, (items[index] for index in mine), self.config.data.workers)
+            found = zip(items.record_keys[ranks.rank :: ranks.size].tolist(), read, strict=True)
+            return {key: left_out_for(item.record, error) for key, (item, error) in found if error is not None}
+
+        failed: dict[int, LeftOut] = {}
+        for found in ranks.gather_objects(together(ranks, share)):
+            failed |= found
+        for hashes in ranks.gather_objects(dict(self.contents.found)):
+            self.contents.update(hashes)
+        return failed
+
+    def _read(self, item: Item) -> tuple[Item, MediaError | None]:
+        """The item, after its files have been read where that was needed to know their content."""
+        return item, self.contents.read(item.record)
+
+    def leave_out(self, failed: Mapping[int, LeftOut]) -> None:
+        """Take records that could not be read or encoded out of the items, and say so."""
+        if not failed:
+            return
+        self.gathered.leave_out(failed)
         if self.ranks.rank == 0:
             report(self.gathered, self.sources, self.say, self.cache.directory)
-        check(self.gathered, self.sources, self.config.data.strict)
-
-
-def _hashed(contents: Contents, item: Item) -> Item | None:
-    """The item, after its files have been read where that was needed; None where one cannot be."""
-    try:
-        for path in item.record.files:
-            contents[path]
-    except MediaError:
-        return None
-    return item
+        check(self.gathered, self.sources, self.config.data.strict, self.cache.directory)

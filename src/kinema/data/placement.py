@@ -90,7 +90,7 @@ class Placement:
 
     def reason(self, position: int) -> tuple[str, str]:
         """(sentence for the user, short name of the cause) of a misfit at this position."""
-        at = int(np.searchsorted(self.missed, position))
+        at = int(np.searchsorted(self.missed, np.uint32(position)))  # an int would have the whole column cast
         assert at < len(self.missed) and self.missed[at] == position, f"record {position} is no misfit"
         code = int(self.missed_code[at])
         return _explain(code, self, position), CODES[code]

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kinema.errors import UserError
+
 from .batch import Encoding, Sample
 from .buckets import Clip
 from .encode import MASK, Encoder
 from .facts import PROBED, FactStore, info_from_text, info_to_text
 from .items import Item
-from .masks import decode_mask
+from .masks import check_mask, decode_mask
 from .media import decode_clip, memo_key, probe
-from .records import MediaInfo
+from .records import MediaError, MediaInfo
 from .transform import Transform
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Decoded:
     """uint8 [1, 1 or T, H, W]."""
     size: tuple[int, int] | None = None
     """Height and width of what the clip was scaled from: the file as shown, or the record's crop of it."""
+    problem: MediaError | None = None
+    """Why the rest is but a stand-in; see `stand_in`."""
 
 
 def info_of(location: str, facts: FactStore | None) -> MediaInfo:
@@ -48,6 +52,16 @@ def info_of(location: str, facts: FactStore | None) -> MediaInfo:
 
 def read_item(item: Item, encodings: Sequence[Encoding], facts: FactStore | None) -> Decoded:
     """Decode what these encodings of an item read. MediaError where a file is damaged or gone."""
+    try:
+        return _read_item(item, encodings, facts)
+    except (UserError, AssertionError, MemoryError):
+        raise
+    except Exception as error:  # a decoder's own failure on a hostile file must not end the run
+        what = f"could not be decoded ({type(error).__name__}: {error}): take it out, and report this"
+        raise MediaError(f"{item.record.path} {what}", "unreadable") from error
+
+
+def _read_item(item: Item, encodings: Sequence[Encoding], facts: FactStore | None) -> Decoded:
     from torch import from_numpy
 
     record, bucket, clip = item.record, item.bucket, item.clip
@@ -64,12 +78,25 @@ def read_item(item: Item, encodings: Sequence[Encoding], facts: FactStore | None
             result = replace(result, pixels=from_numpy(decode_clip(record.path, clip, transform, info)), size=size)
         if wants_mask:
             assert record.mask is not None
+            check_mask(record.mask, info)
             result = replace(result, mask=from_numpy(decode_mask(record.mask, clip, transform, info)))
     if any(one.controls for one in encodings):
         plain = Transform(bucket.height, bucket.width)
         controls = tuple(from_numpy(decode_clip(path, Clip(), plain)) for path in record.controls)
         result = replace(result, controls=controls)
     return result
+
+
+def stand_in(item: Item, problem: MediaError) -> Decoded:
+    """Black pixels in the place of files that cannot be read: a batch must have its shape."""
+    from torch import uint8, zeros
+
+    frames, height, width = item.bucket.frames, item.bucket.height, item.bucket.width
+    controls = tuple(zeros((3, 1, height, width), dtype=uint8) for _ in item.record.controls)
+    return Decoded(
+        zeros((3, frames, height, width), dtype=uint8), controls, zeros((1, 1, height, width), dtype=uint8),
+        (height, width), problem,
+    )  # fmt: skip
 
 
 def encode_one(

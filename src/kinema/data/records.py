@@ -80,6 +80,12 @@ class LeftOut:
         return f"{self.path}: {self.reason}"
 
 
+def left_out_for(record: Record, error: MediaError) -> LeftOut:
+    """A record whose files cannot be used."""
+    reason = str(error).removeprefix(f"{record.path} ").removeprefix(f"{record.path}: ")
+    return LeftOut(record.path, reason, error.code, record.source)
+
+
 @dataclass(frozen=True)
 class MediaInfo:
     """What a media file holds, as `probe` found it.

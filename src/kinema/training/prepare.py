@@ -42,7 +42,9 @@ def prepare_data(config: Config, *, regenerate: bool = False, forecast: bool = F
             )  # fmt: skip
             ready += len(data)
         if not forecast:
-            say(f"{ready} items are ready in {cache_directory(settled)}")
+            online = " and ".join(config.data.online)
+            later = f"; the {online} of the training set is encoded on line" if online else ""
+            say(f"{ready} items are ready in {cache_directory(settled)}{later}")
     return ready
 
 
@@ -129,5 +131,5 @@ def _planned(config: Config, family: Family, world: World, say: Say) -> Iterator
     """(encoding, key) of everything that a configuration needs. Every rank runs through it."""
     from kinema.data.opening import planned_keys
 
-    for sources, _ in _sets(config):
-        yield from planned_keys(config, sources, family, world, say)
+    for sources, training in _sets(config):
+        yield from planned_keys(config, sources, family, world, say, training=training)

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from kinema.data.gather import counted
 from kinema.data.inspection import Inspection, thumbnail
 from kinema.data.records import MediaError
 
@@ -56,7 +57,7 @@ def _heading(name: str) -> str:
 
 def _lead(found: Inspection) -> str:
     words = f"{found.used:,} of {found.records:,} records are used"
-    if not found.left_out:
+    if found.used == found.records:
         words = f"All {found.records:,} records are used"
     return f"{words}, as {found.items:,} items in {len(found.buckets)} buckets."
 
@@ -79,6 +80,7 @@ def _set(found: Inspection) -> str:
         "Buckets": _buckets(found),
         "Captions": _captions(found),
         "Duplicates": _duplicates(found),
+        "Also": "".join(f'<p class="note">{escape(line)}</p>' for line in counted(found.counts)),
         "Notes": _table(("file", "note"), [[path, note] for path, note in found.notes[:LISTED]]),
     }
     return "".join(f"<h3>{title}</h3>{content}" for title, content in parts.items() if content)
@@ -122,7 +124,7 @@ def _card(item: Item, caption: str) -> str:
 
 def _left_out(found: Inspection) -> str:
     if not found.left_out:
-        return '<p class="note">Nothing: every record is used.</p>'
+        return '<p class="note">Nothing.</p>'
     words = ", ".join(f"{count:,} {code}" for code, count in found.codes.items())
     rest = len(found.left_out) - LISTED
     more = f'<p class="note">{rest:,} more: kinema data inspect --json lists them all.</p>' if rest > 0 else ""
@@ -156,6 +158,7 @@ def _buckets(found: Inspection) -> str:
 def _captions(found: Inspection) -> str:
     one = found.captions
     facts = [
+        ("records looked at", f"{one.records:,}"),
         ("captions", f"{one.captions:,}, {one.distinct:,} of them distinct"),
         ("empty", f"{one.empty:,}"),
         ("words", f"{one.words_least} to {one.words_most}, half of them at most {one.words_median:g}"),

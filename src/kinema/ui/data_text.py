@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kinema.data.gather import counted
 from kinema.data.inspection import Inspection
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ def print_inspection(found: Inspection) -> None:
         for one in sorted(found.buckets, key=lambda bucket: -bucket.items)
     ]
     _table(console, ("bucket", "frames", "items", "batch"), rows)
+    for line in counted(found.counts):
+        console.print(line)
     captions = found.captions
+    if captions.records < found.used:
+        console.print(f"captions of {captions.records:,} records, spread evenly:")
     console.print(
         f"captions: {captions.captions:,}, {captions.distinct:,} distinct, {captions.empty:,} empty, "
         f"{captions.words_least} to {captions.words_most} words (median {captions.words_median:g})"
@@ -49,10 +54,10 @@ def print_inspection(found: Inspection) -> None:
     _list(console, f"{len(groups):,} groups of files with one content", groups)
     _list(console, f"{len(found.notes):,} notes", [f"{path}: {note}" for path, note in found.notes])
     words = ", ".join(f"{count:,} {code}" for code, count in found.codes.items())
-    _list(console, f"{len(found.left_out):,} left out: {words}", [str(one) for one in found.left_out])
+    _list(console, f"{len(found.left_out):,} left out: {words}", found.left_out)
 
 
-def _list(console: Console, title: str, lines: Sequence[str]) -> None:
+def _list(console: Console, title: str, lines: Sequence[object]) -> None:
     from rich.text import Text
 
     if not lines:
