@@ -52,6 +52,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_one_of_each_trains(site: Path, tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
@@ -95,6 +96,7 @@ def test_it_is_listed(site: Path) -> None:
     assert "unknown" in run(site, "-m", "kinema", "models").stdout
 
 
+@pytest.mark.slow
 def test_its_configurations_are_found(site: Path) -> None:
     code = """
     from kinema.config.schema import ModelConfig

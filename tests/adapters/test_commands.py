@@ -367,6 +367,7 @@ def kinema(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_three_commands_from_a_shell(tmp_path, base):
     family, adapter = open_model(str(base), **WHAT).family, adapter_on(base)
     lora = tmp_path / "lora.safetensors"

@@ -1,8 +1,6 @@
 """What `kinema data inspect` and `check` say: figures that add up, reasons, duplicates, captions, crops, exit codes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +8,12 @@ import pytest
 from media_files import numbered_frame, write_video
 from PIL import Image
 from small_encoder import Alone, SmallEncoder
+from typer.testing import CliRunner, Result
 
+from kinema.cli import app
 from kinema.config.schema import Config
 from kinema.data.inspection import Inspection, inspect_data, thumbnail
+from kinema.errors import UserError
 from kinema.ui.data_page import write_data_page
 from kinema.ui.data_text import print_inspection
 
@@ -122,23 +123,23 @@ steps = 1
 """
 
 
-def command(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "kinema", "data", *arguments]
-    return subprocess.run(line, cwd=directory, capture_output=True, text=True, check=False)
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["data", *arguments])
 
 
-def test_the_commands(folder: Path, tmp_path: Path) -> None:
+def test_the_commands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "c.toml").write_text(CONFIG.format(folder=folder))
-    inspected = command(tmp_path, "inspect", "c.toml", "--json")
+    inspected = command("inspect", "c.toml", "--json")
     found = json.loads(inspected.stdout)
     assert (found["records"], found["used"], len(found["left_out"])) == (8, 6, 2)
     reasons = {Path(one["path"]).name: one["reason"] for one in found["left_out"]}
     assert reasons.keys() == {"bare.png", "torn.mp4"} and "has no caption" in reasons["bare.png"]
     assert sum(one["items"] for one in found["buckets"]) == 6
-    checked = command(tmp_path, "check", "c.toml")
-    assert checked.returncode == 1 and "6 of 8 records used, 2 left out: not usable" in checked.stdout
+    checked = command("check", "c.toml")
+    assert checked.exit_code == 1 and "6 of 8 records used, 2 left out: not usable" in checked.stdout
     assert "torn.mp4" in checked.stdout
-    allowed = command(tmp_path, "check", "c.toml", "--max-left-out", "2", "--json")
-    assert allowed.returncode == 0 and json.loads(allowed.stdout)["ok"] is True
-    mistake = command(tmp_path, "check", "c.toml", "--data.sources.0.path", "missing")
-    assert mistake.returncode == 2 and "missing" in mistake.stderr and "Traceback" not in mistake.stderr
+    allowed = command("check", "c.toml", "--max-left-out", "2", "--json")
+    assert allowed.exit_code == 0 and json.loads(allowed.stdout)["ok"] is True
+    mistake = command("check", "c.toml", "--data.sources.0.path", "missing")
+    assert isinstance(mistake.exception, UserError) and "missing" in str(mistake.exception)

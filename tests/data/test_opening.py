@@ -296,3 +296,20 @@ def test_of_a_huge_set_some_captions_are_looked_at(tmp_path: Path, monkeypatch: 
     captions = found.captions
     assert (captions.records, captions.words_least, captions.words_most) == (20, 1, 96)  # every fifth
     assert found.used == 100 and not found.duplicates and "Duplicates are not looked for" in said[0]
+
+
+def test_what_examining_found_is_not_looked_for_again_when_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kinema.data import reading
+
+    (tmp_path / "media").mkdir()
+    for k in range(3):
+        write_video(tmp_path / "media" / f"{k}.mp4", [numbered_frame(9 * k + i, 40, 40) for i in range(9)], rate=16)
+        (tmp_path / "media" / f"{k}.txt").write_text("text")
+    probed: list[str] = []
+    monkeypatch.setattr(reading, "probe", probed.append)
+    encoder = SmallEncoder()
+    config = config_of(tmp_path, tmp_path / "media", buckets={"frames": [9]})
+    data = open_data(config, config.data.sources, encoder, Alone())
+    assert len(data) == 3 and encoder.calls["latents"] == 3 and not probed

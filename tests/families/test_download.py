@@ -111,6 +111,7 @@ def test_it_goes_on_where_it_broke_off(hub: HubServer, address: str, tmp_path: P
     assert not list((tmp_path / "here").rglob(".kinema-partial"))
 
 
+@pytest.mark.slow
 def test_a_damaged_beginning_is_found(hub: HubServer, address: str, tmp_path: Path, large: bytes) -> None:
     kinema(address, tmp_path, "--to", "here", "--parts", "network")
     (partial,) = (tmp_path / "here" / ".kinema-partial").iterdir()

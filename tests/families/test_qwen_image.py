@@ -41,6 +41,7 @@ def smooth(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return (fine[0] * 255).to(torch.uint8)[:, None]
 
 
+@pytest.mark.slow
 def test_control_pictures_of_a_million_pixels(plus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the size to which the pipeline brings every control picture, ours equal its own: two sizes, of a tall picture,
     for the text encoder and for the latents."""

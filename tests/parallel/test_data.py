@@ -21,7 +21,7 @@ from kinema.parallel.mesh import World, start
 from kinema.training.checkpoint import Checkpointer, list_checkpoints
 from kinema.training.state import load_training_state, named_trainables, training_state
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("parallel")]  # one worker runs the ranks
 
 
 @pytest.fixture(scope="module", autouse=True)

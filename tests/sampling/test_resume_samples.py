@@ -77,7 +77,8 @@ def unbroken(base: Path, listed: Path, tmp_path_factory: pytest.TempPathFactory)
     return found
 
 
-@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4])
 def test_killed_and_started_again(
     base: Path,
     listed: Path,

@@ -125,6 +125,7 @@ def test_buckets_alike_are_tried_once(small_run):
     assert said[0].startswith(f"Batch size of {wide}, {tall}: 5 on each device") and "all that an epoch has" in said[0]
 
 
+@pytest.mark.slow
 def test_more_memory_holds_more(small_run):
     small, large = small_run.data.training.buckets  # of 9 and of 17 frames
     found, said = find(small_run, 6 * MIB)

@@ -14,7 +14,7 @@ STEPS = 24
 pytestmark = pytest.mark.xdist_group("exact resume")  # one worker makes the unbroken run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
     """A world and a run in it that nobody stopped."""
     root = tmp_path_factory.mktemp("resume")
@@ -59,7 +59,7 @@ def test_killed_runs_end_with_the_same_bits(unbroken):
             time.sleep(0.01)
         time.sleep(draw.random() * 0.2)
 
-    kill_until_done(config, 3, some_steps_in)
+    kill_until_done(config, 2, some_steps_in)
     assert_same(root / "run", state, rows)
 
 
@@ -95,6 +95,7 @@ def test_a_signal_saves_and_quits(unbroken, number):
     assert_same(root / "run", state, rows)
 
 
+@pytest.mark.slow
 def test_touched_files_save_and_quit(unbroken):
     root, config, state, rows = unbroken
     shutil.rmtree(root / "run", ignore_errors=True)

@@ -262,6 +262,7 @@ def sharded_export(rank, port, base, root):
 
 
 @pytest.mark.timeout(600)  # two processes that import everything anew, on a machine that may be busy
+@pytest.mark.slow
 def test_sharded_weights_are_gathered(tmp_path, base):
     import socket
 

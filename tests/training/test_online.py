@@ -1,9 +1,11 @@
 """A training that encodes on line ends with the bits of one that reads the cache."""
 
+import pytest
 import torch
 from runs import final_state, finish, make_world, start_training, write_config
 
 
+@pytest.mark.slow
 def test_on_line_and_cached_trainings_end_with_the_same_bits(tmp_path):
     make_world(tmp_path, clips=8)
     config = write_config(tmp_path, steps=4)

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from runs import make_world, write_config
 
 
+@pytest.mark.slow
 def test_what_cache_prepares_is_all_that_train_reads(tmp_path: Path) -> None:
     make_world(tmp_path, clips=6)
     (tmp_path / "clips" / "empty.mp4").touch()

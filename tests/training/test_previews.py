@@ -184,6 +184,7 @@ stop()
 """
 
 
+@pytest.mark.slow
 def test_sharded_ranks_sample_together(base: Path, tmp_path: Path) -> None:
     from PIL import Image
 

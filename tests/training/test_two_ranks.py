@@ -4,7 +4,13 @@ import pytest
 from runs import final_state, finish, make_world, metrics, start_training, write_config
 
 
-@pytest.mark.parametrize("parallel", ["", "\n[parallel]\ndp_shard = 2\n"], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param("", id="replicated"),
+        pytest.param("\n[parallel]\ndp_shard = 2\n", id="sharded", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_are_one_process(tmp_path, parallel):
     make_world(tmp_path)
     config = write_config(tmp_path, steps=6)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from kinema.errors import UserError
 
 from .buckets import Clip
-from .facts import EXAMINED, FactStore, looked_from_text, looked_to_text
+from .facts import EXAMINED, PROBED, FactStore, info_to_text, looked_from_text, looked_to_text
 from .files import absolute
 from .masks import check_mask, is_black
 from .media import check_clip, memo_key, probe
@@ -213,6 +213,9 @@ def remember(record: Record, looked: Looked, facts: FactStore, settings: Setting
     version = _version(record, trust=True) if trust else looked.version
     assert version is not None
     facts[_fact(record, version, settings)] = looked_to_text(looked)
+    probed, text = f"{PROBED}\0{memo_key(record.path)}", info_to_text(looked.info)
+    if facts.get(probed) != text:  # decoding asks for it again (`kinema.data.reading`), and need not look
+        facts[probed] = text
 
 
 def _version(record: Record, trust: bool) -> str | None:
