@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kinema.config import data, schema
+from kinema.config import data, model, schema
 from kinema.config.expect import all_keys
 from kinema.config.load import load_config, to_toml
 from kinema.config.reference import json_schema, reference
@@ -37,13 +37,13 @@ def test_the_example_of_the_page_loads(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    def check(model: type[BaseModel]) -> None:
-        for name, field in model.model_fields.items():
-            assert field.description, f"{model.__name__}.{name}"
+    def check(table: type[BaseModel]) -> None:
+        for name, field in table.model_fields.items():
+            assert field.description, f"{table.__name__}.{name}"
 
     check(Config)
     for name in Config.model_json_schema()["$defs"]:
-        check(getattr(schema if hasattr(schema, name) else data, name))
+        check(next(getattr(module, name) for module in (schema, model, data) if hasattr(module, name)))
 
 
 def test_the_schema_describes_what_a_file_may_hold(tmp_path: Path) -> None:

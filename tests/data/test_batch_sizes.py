@@ -13,7 +13,6 @@ from kinema.data.batch_sizes import (
     batch_sizes,
     by_hand,
     from_json,
-    global_batch_sizes,
     in_words,
     left_to_trials,
     sizes_of_tables,
@@ -35,7 +34,8 @@ def training(**keys):
 
 
 def totals(config, ranks=1, table=nothing, found=None, buckets=ALL):
-    return global_batch_sizes(config, buckets, grid=16, stride=4, ranks=ranks, table=table, found=found)
+    sizes = batch_sizes(config, buckets, grid=16, stride=4, ranks=ranks, table=table, found=found)
+    return [size.total for size in sizes]
 
 
 def test_one_size_for_all():

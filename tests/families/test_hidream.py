@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kinema.config.schema import Config, ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import Config, ModelConfig
 from kinema.data.batch import Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.hidream import HiDream, unpadded

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo import Case, batch_of, config_of, recording
 
-from kinema.config.schema import ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import ModelConfig
 from kinema.data.batch import Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.hunyuan_image import HunyuanImage

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from zoo import Case, batch_of, config_of, recording
 
-from kinema.config.schema import ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import ModelConfig
 from kinema.data.batch import Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.loading import CONFIGS

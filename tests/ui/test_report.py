@@ -215,7 +215,7 @@ def contrast(one, two):
 
 
 def test_contrast_in_both_schemes():
-    style = (files("kinema.ui") / "templates" / "report.css").read_text()
+    style = (files("kinema.ui") / "templates" / "page.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:

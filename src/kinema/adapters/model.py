@@ -13,7 +13,8 @@ from kinema.adapters.names import original_name
 from kinema.adapters.store import Writer, groups, new_path
 from kinema.adapters.targets import adaptable_modules
 from kinema.config.layouts import LayoutName, why_not
-from kinema.config.schema import ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import ModelConfig
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family
 from kinema.families.loading import is_hub_id

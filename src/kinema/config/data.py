@@ -85,9 +85,7 @@ class BucketConfig(Section):
     """How many clips of each video `uniform` and a cached `random` take."""
     clip_stride: int | None = Field(default=None, gt=0)
     """Frames between the beginnings of the clips of `slide`. Default: half a clip."""
-    table: dict[str, dict[str, tuple[Probability | tuple[Probability, Probability], Count]]] | None = Field(
-        default=None, min_length=1
-    )
+    table: dict[str, dict[str, BucketChance]] | None = Field(default=None, min_length=1)
     """Open-Sora's bucket table, instead of `resolutions`, `sizes` and `frames`: for each resolution (`256px`, `768px`,
     or any number of pixels) and each length, (probability of being taken, batch size), or ((probability of the
     resolution, probability of going on to a shorter length), batch size). The batch size is that of one device."""

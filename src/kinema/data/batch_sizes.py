@@ -69,21 +69,6 @@ def left_to_trials(
     return [b for b in buckets if str(b) not in known and by_hand(training.batch_sizes, b) is None and table(b) is None]
 
 
-def global_batch_sizes(
-    training: TrainingConfig,
-    buckets: Sequence[Bucket],
-    *,
-    grid: int,
-    stride: int,
-    ranks: int,
-    table: Callable[[Bucket], int | None] = lambda bucket: None,
-    found: Mapping[str, int] | None = None,
-) -> list[int]:
-    """Samples per optimiser step of each bucket, over all ``ranks``: the totals of `batch_sizes`."""
-    sizes = batch_sizes(training, buckets, grid=grid, stride=stride, ranks=ranks, table=table, found=found)
-    return [size.total for size in sizes]
-
-
 def by_hand(rules: Iterable[BatchSizeConfig], bucket: Bucket) -> BatchSize | None:
     """What ``training.batch_sizes`` says of a bucket. A size for its length goes before one for any length; then one
     for its resolution, the nearest of several, before one for any resolution."""

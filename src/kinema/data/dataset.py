@@ -277,10 +277,6 @@ class Dataset:
                 stored |= self.cache.get(self.planner.entry(encoding, item, told, self.contents).key)
         return draw_posteriors(stored, self.posterior, use.key)
 
-    def captions_of(self, item: Item, encoding: Encoding) -> tuple[str, ...]:
-        """All captions under which an item's encoding is cached: its variants, the empty one if it may be dropped."""
-        return cached_captions(self.captioners[item.source], item, encoding, self.caption_dropout)
-
 
 def cached_captions(
     captioner: Captioner, item: Item, encoding: Encoding, dropout: Mapping[str, float] | float

@@ -13,7 +13,7 @@ import numpy as np
 from kinema.config.data import CaptionConfig, SourceConfig
 from kinema.config.schema import Config
 
-from .batch_sizes import global_batch_sizes, left_to_trials, sizes_of_tables
+from .batch_sizes import batch_sizes, left_to_trials, sizes_of_tables
 from .buckets import Clip
 from .cache import Cache
 from .captions import Captioner
@@ -175,9 +175,10 @@ def _batch_sizes(config: Config, items: Items, encoder: Encoder, ranks: int) -> 
     table = sizes_of_tables((source.config for source in items.sources), encoder.grid)
     if left_to_trials(config.training, items.buckets, table):
         return None
-    return global_batch_sizes(
+    sizes = batch_sizes(
         config.training, items.buckets, grid=encoder.grid, stride=encoder.frame_stride, ranks=ranks, table=table
     )
+    return [size.total for size in sizes]
 
 
 def _source(found: Gathered, number: int, repeats: float) -> SourceSummary:

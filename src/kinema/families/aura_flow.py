@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout, swapped_halves
 from kinema.families.loading import Found, PartSpec
 from kinema.families.part_names import t5
 from kinema.families.parts import SCHEDULER, SDXL_VAE, tokenizer
 from kinema.families.positions import check_sides
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import padded, quietly, warn_if_cut
 

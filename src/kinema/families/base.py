@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from kinema.config.schema import Config, ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import Config, ModelConfig
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError

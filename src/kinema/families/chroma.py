@@ -17,10 +17,11 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.chroma_layout import NETWORK, network_from_original
 from kinema.families.flux import LONGEST_TEXT, check_text_length
+from kinema.families.latents import LATENTS
 from kinema.families.loading import Found, PartSpec
 from kinema.families.packing import pack, positions, unpack
 from kinema.families.parts import FLUX_VAE, SCHEDULER, T5_TOKENIZER, T5_XXL
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.text import padded, warn_if_cut
 
 if TYPE_CHECKING:

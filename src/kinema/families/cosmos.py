@@ -11,10 +11,11 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Parts, Prepared
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import SCHEDULER, T5_11B, T5_11B_TOKENIZER
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import SUFFIXES, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 from kinema.randomness import generator

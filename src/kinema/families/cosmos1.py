@@ -31,8 +31,8 @@ from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, SamplingDefaults, Variant
 from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
 from kinema.families.cosmos_layout import COSMOS1, autoencoder_from_original
+from kinema.families.latents import pixels_of
 from kinema.families.loading import Found, PartSpec
-from kinema.families.standard import pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

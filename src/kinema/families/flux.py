@@ -19,10 +19,11 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.flux_layout import NETWORK, network_from_original
+from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import Found, PartSpec
 from kinema.families.packing import pack, positions, unpack
 from kinema.families.parts import CLIP_L, CLIP_L_TOKENIZER, FLUX_VAE, SCHEDULER, T5_XXL, tokenizer
-from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import looks_like, tensor_shapes
 from kinema.families.text import quietly, warn_if_cut
 

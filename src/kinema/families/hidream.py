@@ -21,6 +21,7 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, read_json
 from kinema.families.parts import (
@@ -35,7 +36,7 @@ from kinema.families.parts import (
     T5_TOKENIZER,
     T5_XXL,
 )
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.text import quietly, warn_if_cut
 
 if TYPE_CHECKING:

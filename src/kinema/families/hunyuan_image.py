@@ -18,6 +18,7 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.hunyuan_image_layout import NETWORK, autoencoder_from_original, network_from_original
+from kinema.families.latents import LATENTS
 from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import (
     BYT5,
@@ -26,7 +27,7 @@ from kinema.families.parts import (
     QWEN25_VL,
     SCHEDULER,
 )
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import NETWORK_INSIDE, looks_like, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 

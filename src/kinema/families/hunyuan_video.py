@@ -19,8 +19,9 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared
 from kinema.families.hunyuan_video_parts import LLAVA, NETWORK, PARTS, VARIANTS
+from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import Found, PartSpec
-from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 

@@ -20,8 +20,9 @@ from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared
 from kinema.families.hunyuan_video15_layout import NETWORK
 from kinema.families.hunyuan_video15_parts import PARTS, VARIANTS
+from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import Found, read_json
-from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.standard import StandardFamily
 from kinema.families.text import padded, warn_if_cut
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kinema.config.schema import ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.tensors import (
     SUFFIXES,

@@ -18,9 +18,10 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared, ResolutionShift
+from kinema.families.latents import LATENTS
 from kinema.families.loading import Found, read_json
 from kinema.families.ltx_video_parts import NETWORK, OF_091, OF_095, PARTS, VARIANTS
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import is_inside, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 from kinema.randomness import generator

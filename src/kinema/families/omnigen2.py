@@ -17,11 +17,12 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, Source
 from kinema.families.parts import FLUX_VAE, QWEN25_TOKENIZER, QWEN25_VL_3B, SCHEDULER
 from kinema.families.positions import longest_sides
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 

@@ -23,6 +23,7 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import FrameShift, NoisePath, Parts, Prepared
+from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import Found, PartSpec
 from kinema.families.open_sora_conditions import (
     CONDITIONS,
@@ -36,7 +37,7 @@ from kinema.families.open_sora_conditions import (
     possible,
 )
 from kinema.families.open_sora_parts import DC_AE, NETWORK, PARTS, VARIANTS
-from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import looks_like, tensor_shapes
 from kinema.families.text import warn_if_cut
 from kinema.randomness import generator

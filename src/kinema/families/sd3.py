@@ -17,6 +17,7 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec
 from kinema.families.parts import (
@@ -31,7 +32,7 @@ from kinema.families.parts import (
 )
 from kinema.families.positions import check_sides
 from kinema.families.sd3_layout import network_from_original, network_layout
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import quietly, warn_if_cut
 

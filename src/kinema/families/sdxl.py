@@ -21,12 +21,13 @@ from kinema.data.transform import crop_offset
 from kinema.errors import ConfigError
 from kinema.families.base import Native, NoisePath, Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.discrete import StepSchedule
+from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, Source, read_json
 from kinema.families.parts import CLIP_G, CLIP_G_TOKENIZER, CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, SDXL_VAE
 from kinema.families.prediction import variance_preserving
 from kinema.families.sdxl_layout import NETWORK, TEXT_ENCODER, TEXT_ENCODER_2, V_PREDICTION_MARKS, is_sdxl
-from kinema.families.standard import LATENTS, StandardFamily
+from kinema.families.standard import StandardFamily
 from kinema.families.tensors import NETWORK_INSIDE, is_inside, tensor_shapes
 from kinema.families.text import warn_if_cut
 

@@ -20,8 +20,9 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
 from kinema.families.base import Parts, Prepared
+from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import Found
-from kinema.families.standard import LATENTS, StandardFamily, encode_pixels, pixels_of
+from kinema.families.standard import StandardFamily
 from kinema.families.wan_detect import choose, read_traits
 from kinema.families.wan_encode import encode_ends, encode_image, encode_text, ends_mask, initialise_network
 from kinema.families.wan_names import NETWORK

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.data.batch import Sample
 from kinema.errors import UserError
-from kinema.families.standard import encode_pixels, pixels_of
+from kinema.families.latents import encode_pixels, pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

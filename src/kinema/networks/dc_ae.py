@@ -11,6 +11,7 @@ brings a clip to the next of them, and ``decode(latents, frames=...)`` cuts the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -43,16 +44,16 @@ _WIDTHS = (128, 256, 512, 512, 1024, 1024)
 _IN_TIME = (False, False, False, True, True, False)
 
 
-class _Half(nn.Module):
+class _Half(nn.Module, ABC):
     """What encoder and decoder share: modules one after another."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
 
+    @abstractmethod
     def ops(self) -> list[nn.Module]:
         """Every block, in the order of execution."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, frames_at_once: int | None = None) -> Tensor:
         """``frames_at_once``: how many frames to compute at a time; the result is the same. Not for training."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
+from kinema.machine import describe_machine
 from kinema.sampling.weights import Weights, find_weights, weights_at
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ def image_contents(images: Sequence[Path | str], known: dict[str, str]) -> list[
 
 def machine_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Type, device and versions. On CPUs the number of threads decides how sums are split, and so their last digits."""
-    from kinema.training.rundir import environment
-
-    found = environment("", str(device), 1)
+    found = describe_machine(str(device))
     packages = {name: found["packages"][name] for name in ("torch", "diffusers", "transformers")}
     facts = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "device_name": found["device"]}
     if device.type == "cpu":

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kinema.config.schema import Config, ModelConfig, PartConfig
+from kinema.config.model import PartConfig
+from kinema.config.schema import Config, ModelConfig
 from kinema.errors import UserError
 from kinema.families.base import Family, Parts
 from kinema.families.registry import family_class, family_names, open_family

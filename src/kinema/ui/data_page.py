@@ -7,14 +7,13 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 from kinema.data.gather import counted
 from kinema.data.inspection import Inspection, thumbnail
 from kinema.data.records import MediaError
+from kinema.ui.page import write_page
 
 if TYPE_CHECKING:
     from kinema.data.items import Item
@@ -27,28 +26,16 @@ GROUPS = 50
 
 def write_data_page(sets: Sequence[Inspection], path: Path, title: str) -> Path:
     """Write the page of the training set and its held-out sets; gives its path."""
-    sections = [(f"set-{number}", one.name, _set(one)) for number, one in enumerate(sets)]
-    page = Template(_template("data.html")).substitute(
-        title=escape(title),
-        style=_template("report.css") + _template("data.css"),
-        lead=escape(_lead(sets[0])),
+    named = {f"set-{number}": (one.name, _heading(one.name), _set(one)) for number, one in enumerate(sets)}
+    return write_page(
+        path,
+        mark="kinema data inspection",
+        title=title,
+        lead=_lead(sets[0]),
         tiles=_tiles(sets[0]),
-        links="".join(f'<a href="#{key}">{escape(name)}</a>' for key, name, _ in sections if len(sections) > 1),
-        body="".join(
-            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{escape(_heading(name))}</h2>'
-            f"{content}</section>"
-            for key, name, content in sections
-        ),
+        sections=named,
+        styles=("page.css", "data.css"),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def _template(name: str) -> str:
-    return (files("kinema.ui") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _heading(name: str) -> str:
@@ -62,14 +49,13 @@ def _lead(found: Inspection) -> str:
     return f"{words}, as {found.items:,} items in {len(found.buckets)} buckets."
 
 
-def _tiles(found: Inspection) -> str:
+def _tiles(found: Inspection) -> list[tuple[str, str]]:
     tiles = [("records used", f"{found.used:,}"), ("left out", f"{len(found.left_out):,}")]
     if found.steps_per_epoch is not None:
         tiles.append(("steps an epoch", f"{found.steps_per_epoch:,.6g}"))
     if found.duplicates:
         tiles.append(("groups of duplicates", f"{len(found.duplicates):,}"))
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    return f'<dl class="tiles">{cells}</dl>'
+    return tiles
 
 
 def _set(found: Inspection) -> str:

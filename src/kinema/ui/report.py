@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from kinema.ui.charts import Line, chart, smoothed
+from kinema.ui.page import write_page
 from kinema.ui.runfiles import TYPES, Embedder, Media, RunFiles, choose, read_run
 
 EMBEDDED_SAMPLES = 96
@@ -45,28 +44,16 @@ def write_report(run_dir: Path) -> Path:
         "configuration": ("Configuration", _configuration(run)),
         "environment": ("Environment", _environment(run)),
     }
-    shown = {key: section for key, section in sections.items() if section[1]}
-    page = Template(_template("report.html")).substitute(
-        title=escape(run_dir.resolve().name),
-        style=_template("report.css"),
-        script=_template("report.js"),
+    return write_page(
+        run_dir / "report.html",
+        mark="kinema run report",
+        title=run_dir.resolve().name,
         lead=_lead(run),
         tiles=_tiles(run),
-        links="".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in shown.items()),
-        body="".join(
-            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{content}</section>'
-            for key, (title, content) in shown.items()
-        )
-        or '<p class="empty">This run has written nothing yet.</p>',
+        sections={key: (title, title, content) for key, (title, content) in sections.items() if content},
+        script="report.js",
+        empty="This run has written nothing yet.",
     )
-    path, partial = run_dir / "report.html", run_dir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
-    return path
-
-
-def _template(name: str) -> str:
-    return (files("kinema.ui") / "templates" / name).read_text(encoding="utf-8")
 
 
 # -- head --------------------------------------------------------------------------------------------------------------
@@ -83,9 +70,9 @@ def _lead(run: RunFiles) -> str:
         what += ", from random weights"
     total, steps = run.setting("training.steps"), [step for step, _ in run.series("loss")]
     if not steps:
-        return escape(f"{what}. No step is logged yet.")
+        return f"{what}. No step is logged yet."
     done = f"{steps[-1]:,.0f} of {total:,} steps" if total else f"{steps[-1]:,.0f} steps"
-    return escape(f"{what}. {done}.")
+    return f"{what}. {done}."
 
 
 def _adapter(run: RunFiles) -> str:
@@ -96,7 +83,7 @@ def _adapter(run: RunFiles) -> str:
     return f"{kind} of rank {rank}" if rank else kind
 
 
-def _tiles(run: RunFiles) -> str:
+def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     """The few figures that one looks for first."""
     tiles = [(f"{name} right", _percent(value)) for name, value in _column(run, "held_out").items() if name != "all"]
     loss = run.series("loss")
@@ -105,10 +92,7 @@ def _tiles(run: RunFiles) -> str:
     seconds = [value for _, value in run.series("seconds")]
     if seconds:
         tiles.append(("a step", _duration(statistics.median(seconds))))
-    if not tiles:
-        return ""
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    return f'<dl class="tiles">{cells}</dl>'
+    return tiles
 
 
 # -- media -------------------------------------------------------------------------------------------------------------
