@@ -126,7 +126,7 @@ class Case:
 
     def encoded(self, autoencoder: Any, clip: Tensor) -> Tensor:
         """What the autoencoder makes of a clip [1, 3, T, H, W] in [-1, 1], not normalised: [1, C, T, H, W]."""
-        from kinema.families.standard import is_picture_autoencoder
+        from kinema.families.latents import is_picture_autoencoder
 
         inputs = clip[:, :, 0] if is_picture_autoencoder(autoencoder) else clip
         return self.decoded(autoencoder.encode(inputs).latent_dist.mode())
