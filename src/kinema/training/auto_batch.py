@@ -73,11 +73,13 @@ class Trials:
         return self.shares[count] <= 1
 
     def forecast(self, count: int) -> float:
-        """The share of ``count`` samples, along the line through the two largest that were measured."""
+        """The share of ``count`` samples, along the line through the largest number that was measured and one of at
+        most half of it: between neighbours the slope would be what allocators round."""
         known = sorted(n for n, share in self.shares.items() if math.isfinite(share))
         if len(known) < 2:
             return self.fixed or 0.0
-        low, high = known[-2:]
+        high = known[-1]
+        low = max((n for n in known if 2 * n <= high), default=known[0])
         slope = max(0.0, (self.shares[high] - self.shares[low]) / (high - low))
         return self.shares[high] + slope * (count - high)
 
