@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinema.data.lengths import CAUSAL, ClipLengths
+
 SECONDS, MEGABYTES = 60, 2000
 BLOCK = 250_000
 CONFIG = """
@@ -75,7 +77,7 @@ class Wan:
     """What planning asks of a family."""
 
     grid: int = 16
-    frame_stride: int = 4
+    lengths: ClipLengths = CAUSAL
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""``--families-table PAGE`` writes the proofs of families into a page of the documentation, from this very run."""
+"""``--families-table PAGE`` writes the proofs of families into a page of the documentation, from this very run.
+
+With ``-k`` only the rows of what ran are written; the others stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 class ProofTable:
     """Collects the outcome of every proof; with several workers, on the process that leads them."""
 
-    def __init__(self, page: Path) -> None:
-        self.page = page
+    def __init__(self, page: Path, some: bool) -> None:
+        self.page, self.some = page, some
         self.reports: list[tuple[str, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -28,10 +32,14 @@ class ProofTable:
         import report_table
 
         found = report_table.outcomes(self.reports)
+        if self.some:
+            found = report_table.merged(report_table.read(self.page), found)
         report_table.write(self.page, report_table.table(found, sorted(found)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("kinema", deadline=None)  # a machine may be busy with other things
+    settings.load_profile("kinema")
     page = config.getoption("--families-table")
     if page is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(ProofTable(page), "proof-table")
+        config.pluginmanager.register(ProofTable(page, some=bool(config.option.keyword)), "proof-table")

@@ -170,9 +170,11 @@ def test_train_hands_over_what_was_given(config: Path, monkeypatch: pytest.Monke
 
 def test_sample_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     from kinema.sampling import command
+    from kinema.sampling.first_picture import FirstPicture
 
     taken = inspect.signature(command.sample).parameters
-    assert set(inspect.signature(cli.sample).parameters) == set(taken)
+    of_picture = {f"first_{name}" for name in FirstPicture.__dataclass_fields__}
+    assert set(inspect.signature(cli.sample).parameters) == set(taken) - {"first"} | of_picture
     calls: list[dict[str, object]] = []
     monkeypatch.setattr(command, "sample", lambda **options: calls.append(options))
     arguments = [
@@ -188,12 +190,16 @@ def test_sample_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None
         "--guidance",
         "4",
         "--seed=7",
+        "--first-model",
+        "p",
+        "--first-steps=3",
     ]
     monkeypatch.setattr(sys, "argv", ["kinema", "sample", *arguments])
     with pytest.raises(SystemExit):
         cli.main()
     given = {"prompts": ["a", "b c"], "model": "m", "adapter": [Path("x"), Path("y")]}
     given |= {"images": [], "ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1, "refine_prompt": False}
+    given |= {"offload": "auto", "sp": 1, "first": FirstPicture(model="p", steps=3)}
     assert calls == [{**dict.fromkeys(taken), **given}]
 
 
@@ -243,6 +249,6 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline() == "waiting\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors

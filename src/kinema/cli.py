@@ -12,6 +12,7 @@ import typer
 
 from kinema.cli_config import REGENERATE_HELP, ConfigFile, config_command, load
 from kinema.cli_data import cache, data_app
+from kinema.cli_panels import PanelCommand
 from kinema.cli_sample import sample
 from kinema.errors import ConfigError, UserError
 
@@ -109,9 +110,49 @@ def train(
     run_training(loaded, options)
 
 
+@config_command(app, "plan")
+def plan(
+    context: typer.Context,
+    config: ConfigFile,
+    devices: Annotated[str, typer.Option(metavar="NxDEVICE", help="Such as 64xH100, 8x80GB or 4090.")],
+    nodes: Annotated[int | None, typer.Option(help="Machines; default: 8 devices in each.")] = None,
+    link: Annotated[float | None, typer.Option(metavar="GB/S", help="Between devices of a node, one way.")] = None,
+    network: Annotated[float | None, typer.Option(metavar="GB/S", help="From a device to other nodes; 50.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the rated speed that is reached.")] = 0.4,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of captions in tokens; default: the longest.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: bytes and seconds.")] = False,
+) -> None:
+    """Forecast memory and speed of CONFIG on a cluster.
+
+    Shows the plan given and the three fastest that fit. Needs no GPU, no weights and no data.
+    """
+    from kinema.parallel.devices import parse_devices
+
+    billion = 1e9
+    cluster = parse_devices(devices, nodes, link and link * billion, network and network * billion)
+    loaded = load(context, config)
+    from kinema.training.plan import make_report
+    from kinema.training.plan_table import json_report, terminal_report
+
+    report = make_report(loaded, cluster, mfu, text_tokens)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(json_report(report), indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe: nothing is cut
+        console.width = max(console.width, 120)
+    console.print(terminal_report(report))
+
+
 app.add_typer(data_app, name="data")
 config_command(app, "cache")(cache)
-app.command()(sample)
+app.command(cls=PanelCommand)(sample)
 
 
 @app.command()
@@ -126,7 +167,7 @@ def init(
 
     Sizes, lengths and memory options suit the card, by a rough estimate that the file states.
     """
-    from kinema.config.init import template, write_new
+    from kinema.families.template import template, write_new
 
     text = template(family, variant, card, full)
     if out is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.data.batch import Encoding, Sample
+from kinema.data.lengths import ClipLengths
 
 CHANNELS = 4
 LOADING = threading.Lock()
@@ -22,7 +23,7 @@ class SmallEncoder:
     """Latents: a strided 3-D convolution with a posterior. Text: embedded bytes through a GRU. Joint: of both."""
 
     grid = 8
-    frame_stride = 4
+    lengths = ClipLengths(4)
     text_encoders = ("text_encoder",)
 
     def __init__(self, seed: int = 0, joint: bool = False) -> None:

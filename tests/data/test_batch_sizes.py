@@ -20,6 +20,7 @@ from kinema.data.batch_sizes import (
     tokens_of,
 )
 from kinema.data.buckets import Bucket
+from kinema.data.lengths import CAUSAL
 
 PICTURE, CLIP, LARGE = Bucket(1, 256, 256), Bucket(33, 256, 256), Bucket(33, 512, 768)
 ALL = (PICTURE, CLIP, LARGE)
@@ -34,18 +35,18 @@ def training(**keys):
 
 
 def totals(config, ranks=1, table=nothing, found=None, buckets=ALL):
-    sizes = batch_sizes(config, buckets, grid=16, stride=4, ranks=ranks, table=table, found=found)
+    sizes = batch_sizes(config, buckets, grid=16, lengths=CAUSAL, ranks=ranks, table=table, found=found)
     return [size.total for size in sizes]
 
 
 def test_one_size_for_all():
     assert totals(training(batch_size=6), ranks=3) == [6, 6, 6]
-    sizes = batch_sizes(training(batch_size=6), ALL, grid=16, stride=4, ranks=3, table=nothing)
+    sizes = batch_sizes(training(batch_size=6), ALL, grid=16, lengths=CAUSAL, ranks=3, table=nothing)
     assert sizes == [BatchSize(6, None)] * 3
 
 
 def test_a_token_budget_holds_for_each_device():
-    assert [tokens_of(bucket, 16, 4) for bucket in ALL] == [256, 9 * 256, 9 * 32 * 48]
+    assert [tokens_of(bucket, 16, CAUSAL) for bucket in ALL] == [256, 9 * 256, 9 * 32 * 48]
     assert totals(training(token_budget=5000)) == [5000 // 256, 2, 1]  # the last has 13,824: one at least
     assert totals(training(token_budget=5000), ranks=4) == [4 * (5000 // 256), 8, 4]
 
@@ -94,7 +95,7 @@ def test_what_goes_before_what():
     assert totals(training(batch_size="auto"), 2) == [2, 2, 2]  # until trials have been made
     kept = {str(CLIP): BatchSize(11, 4)}
     sizes = batch_sizes(
-        training(batch_size=2, batch_sizes=by_rule), ALL, grid=16, stride=4, ranks=2, table=table, recorded=kept
+        training(batch_size=2, batch_sizes=by_rule), ALL, grid=16, lengths=CAUSAL, ranks=2, table=table, recorded=kept
     )
     assert sizes == [BatchSize(8), BatchSize(11, 4), BatchSize(2)]
 

@@ -16,6 +16,7 @@ from media_columns import columns
 from kinema.config.data import BucketConfig
 from kinema.data.bucket_table import Length, Level, table_batch_size, table_levels, table_sizes, walk_table
 from kinema.data.buckets import Bucket, bucket_groups
+from kinema.data.lengths import CAUSAL
 from kinema.data.placement import Placement, place
 from kinema.errors import UserError
 
@@ -78,7 +79,7 @@ def original_levels(name: str, key: str) -> list[Level]:
 
 
 def test_of_two_equally_near_ratios_the_first_is_taken() -> None:
-    (level,) = table_levels(BucketConfig(table={"256px": {"1": (1.0, 1)}}), 16, 4)
+    (level,) = table_levels(BucketConfig(table={"256px": {"1": (1.0, 1)}}), 16, CAUSAL)
     one = np.ones(1, np.int32)
     _, _, shape = walk_table([level], one, 700 * one, 800 * one, lambda at, _: np.zeros(len(at)))
     assert level.sizes[shape[0]] == (224, 288)  # 7/8 lies between 3/4 and 1
@@ -90,16 +91,16 @@ def test_levels_of_a_configuration_are_those_of_the_original() -> None:
         for name, entries in golden()["configs"]["C1"].items()
     }
     for grid in (16, 32):
-        levels = table_levels(BucketConfig(table=table), grid, 4)
+        levels = table_levels(BucketConfig(table=table), grid, CAUSAL)
         assert list(levels) == original_levels("C1", f"C1/D{grid}")
         assert sum(len(level.sizes) * len(level.lengths) for level in levels) == {16: 126, 32: 100}[grid]
-        (group,) = bucket_groups(BucketConfig(table=table), grid, 4)
+        (group,) = bucket_groups(BucketConfig(table=table), grid, CAUSAL)
         assert len(group.buckets) == {16: 126, 32: 88}[grid], "ratios that share a size share a bucket"
 
 
 def placed(table: dict[str, Any] = TABLE, seed: int = 3, count: int = 4000, **media: Any) -> Placement:
     rows = np.arange(count, dtype=np.uint32)
-    return place(columns(count, **media), rows, BucketConfig(table=table), 16, 4, seed=seed, online=False)
+    return place(columns(count, **media), rows, BucketConfig(table=table), 16, CAUSAL, seed=seed, online=False)
 
 
 def test_records_are_drawn_with_the_probabilities_of_the_table() -> None:
@@ -121,12 +122,12 @@ def test_records_are_drawn_with_the_probabilities_of_the_table() -> None:
 def test_what_is_drawn_hangs_on_the_seed_and_the_row_alone() -> None:
     media = columns(3000, frames=50, width=1024, height=576)
     config, rows = BucketConfig(table=TABLE), np.arange(3000, dtype=np.uint32)
-    whole = place(media, rows, config, 16, 4, seed=3, online=False)
+    whole = place(media, rows, config, 16, CAUSAL, seed=3, online=False)
     chosen = dict(zip(rows[whole.index].tolist(), whole.frames.tolist(), strict=True))
     shuffled = np.random.default_rng(0).permutation(rows)
-    again = place(media, shuffled, config, 16, 4, seed=3, online=False)
+    again = place(media, shuffled, config, 16, CAUSAL, seed=3, online=False)
     assert dict(zip(shuffled[again.index].tolist(), again.frames.tolist(), strict=True)) == chosen
-    other = place(media, rows, config, 16, 4, seed=4, online=False)
+    other = place(media, rows, config, 16, CAUSAL, seed=4, online=False)
     assert dict(zip(rows[other.index].tolist(), other.frames.tolist(), strict=True)) != chosen
 
 
@@ -165,7 +166,7 @@ def test_a_table_without_a_kind_of_media_says_so() -> None:
 
 def test_batch_sizes_are_those_of_the_table() -> None:
     config = BucketConfig(table=TABLE)
-    (group,) = bucket_groups(config, 16, 4)
+    (group,) = bucket_groups(config, 16, CAUSAL)
     sizes = {(b.frames, b.height * b.width > 300**2): table_batch_size(config, b, 16) for b in group.buckets}
     assert sizes == {(1, False): 4, (17, False): 3, (33, False): 2, (1, True): 1, (129, True): 1}
     assert table_batch_size(config, Bucket(5, 256, 256), 16) is None
@@ -186,4 +187,4 @@ def test_batch_sizes_are_those_of_the_table() -> None:
 )
 def test_tables_that_no_model_takes_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        bucket_groups(BucketConfig(**given), 16, 4)
+        bucket_groups(BucketConfig(**given), 16, CAUSAL)

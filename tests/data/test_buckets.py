@@ -9,11 +9,12 @@ import pytest
 
 from kinema.config.data import BucketConfig
 from kinema.data.buckets import Bucket, Clip, bucket_groups
+from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.errors import UserError
 
 
-def buckets(grid: int = 16, stride: int = 4, **keys: Any) -> tuple[Bucket, ...]:
-    (group,) = bucket_groups(BucketConfig(**keys), grid, stride)
+def buckets(grid: int = 16, lengths: ClipLengths = CAUSAL, **keys: Any) -> tuple[Bucket, ...]:
+    (group,) = bucket_groups(BucketConfig(**keys), grid, lengths)
     return group.buckets
 
 
@@ -39,7 +40,7 @@ def test_aspect_ratios_can_be_listed() -> None:
 
 
 def test_a_group_for_each_resolution() -> None:
-    groups = bucket_groups(BucketConfig(resolutions=(256, 512), aspect_buckets=1), 16, 4)
+    groups = bucket_groups(BucketConfig(resolutions=(256, 512), aspect_buckets=1), 16, CAUSAL)
     assert [(group.name, len(group.buckets)) for group in groups] == [("256", 2), ("512", 2)]
 
 
@@ -47,7 +48,37 @@ def test_a_group_for_each_resolution() -> None:
 def test_frame_counts_must_fit_the_stride(count: int, nearest: str) -> None:
     with pytest.raises(UserError, match=rf"data.buckets.frames: {count} frames .* nearest: {nearest}$"):
         buckets(frames=(count,))
-    buckets(stride=1, frames=(17, 18, 19))
+    buckets(lengths=ClipLengths(1), frames=(17, 18, 19))
+
+
+@pytest.mark.parametrize("count, nearest", [(2, "1 or 8"), (7, "1 or 8"), (9, "8 or 12"), (33, "32 or 36")])
+def test_lengths_of_an_autoencoder_that_is_not_causal(count: int, nearest: str) -> None:
+    """Four frames a latent, and no latent for the first one alone: 4 frames would come back as one."""
+    lengths = ClipLengths(4, first=8)
+    wanted = rf"data.buckets.frames: {count} frames .* takes 1, 8, 12, 16\.\.\.; nearest: {nearest}$"
+    with pytest.raises(UserError, match=wanted):
+        buckets(lengths=lengths, frames=(count,))
+    assert {b.frames for b in buckets(lengths=lengths, frames=(1, 16), clip="full")} == {1, 8, 12, 16}
+
+
+def test_lengths() -> None:
+    causal, dense, every = ClipLengths(4), ClipLengths(4, first=8), ClipLengths(1)
+    assert [n for n in range(-3, 14) if n in causal] == [1, 5, 9, 13] == causal.between(-3, 13)
+    assert [n for n in range(-3, 14) if n in dense] == [1, 8, 12]
+    assert [n for n in range(-3, 4) if n in every] == [1, 2, 3]
+    assert [causal.latents(n) for n in (1, 5, 9, 129)] == [1, 2, 3, 33]
+    assert [dense.latents(n) for n in (1, 8, 12, 128)] == [1, 2, 3, 32]
+    assert [every.latents(n) for n in (1, 2, 17)] == [1, 2, 17]
+    for lengths in (causal, dense, every, ClipLengths(8)):
+        for n in range(-2, 40):
+            fitting = [k for k in range(1, 60) if k in lengths]
+            below, above = [k for k in fitting if k <= n], [k for k in fitting if k > n]
+            assert lengths.at_most(n) == (below or [1])[-1]
+            if n not in lengths:
+                assert lengths.nearest(n) == ((below[-1], above[0]) if below else (1,))
+    assert [str(one) for one in (causal, dense, ClipLengths(8), every)] == [
+        "4 k + 1", "1, 8, 12, 16...", "8 k + 1", "any number of",
+    ]  # fmt: skip
 
 
 def test_sizes_are_checked_and_used_as_they_are() -> None:

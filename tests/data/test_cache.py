@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from kinema.data import writer
 from kinema.data.cache import Cache, CacheFull, entry_key
-from kinema.data.facts import FactStore
 from kinema.data.segments import COPY_BYTES, FORMAT, OpenSegment, frame, pack
 from kinema.errors import UserError
 
@@ -373,15 +372,3 @@ def test_an_unusable_directory_is_refused_by_name(tmp_path: Path):
     file.write_text("x")
     with pytest.raises(UserError, match=r"cache directory .*file cannot be used .*data\.cache"):
         Cache(file)
-
-
-def test_facts_survive_and_half_a_line_is_no_fact(tmp_path: Path):
-    one, two = FactStore(tmp_path), FactStore(tmp_path)
-    one["a\0" + "1"] = "x"
-    two["b"] = "y\nz"
-    one.refresh()
-    assert dict(one) == {"a\0" + "1": "x", "b": "y\nz"}
-    with next(tmp_path.glob("*.facts")).open("ab") as file:
-        file.write(b'["c", "to')
-    assert dict(FactStore(tmp_path)) == dict(one)
-    one.close(), two.close()

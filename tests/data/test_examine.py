@@ -21,6 +21,7 @@ from kinema.data import examine, media
 from kinema.data.buckets import Clip
 from kinema.data.examine import How, Looked, look, recall, remember
 from kinema.data.facts import FactStore, info_from_text, info_to_text, looked_from_text, looked_to_text
+from kinema.data.lengths import ClipLengths
 from kinema.data.media import Transform, decode_clip, probe
 from kinema.data.records import MediaError, MediaInfo, Record
 from kinema.errors import UserError
@@ -28,7 +29,7 @@ from kinema.errors import UserError
 
 def settings(how: How = "clips", online: bool = False, **buckets: Any) -> examine.Settings:
     table = BucketConfig(**{"resolutions": (64,), "fps": None, "clip": "head", **buckets})
-    return table, 16, 4, how, 7, 0, online
+    return table, 16, ClipLengths(), how, 7, 0, online
 
 
 def examined(path: Path | str, how: How = "clips", online: bool = False, record: Any = None, **buckets: Any) -> Looked:
@@ -220,7 +221,8 @@ def test_what_was_found_is_recalled_until_a_file_changes(tmp_path: Path) -> None
     assert found is not None and (found.info, found.notes) == (looked.info, looked.notes)
     for other in (
         settings("headers"), settings(clip="tail"), settings(frames=(1, 5)), settings(online=True),
-        (*settings()[:1], 32, *settings()[2:]), (*settings()[:2], 8, *settings()[3:]),
+        (*settings()[:1], 32, *settings()[2:]), (*settings()[:2], ClipLengths(8), *settings()[3:]),
+        (*settings()[:2], ClipLengths(4, first=8), *settings()[3:]),
     ):  # fmt: skip
         assert recall(record, again, other) is None
     elsewhere = (*settings()[:4], 8, 1, False)  # another row and seed: nothing is drawn by them

@@ -46,6 +46,7 @@ from PIL import Image
 from kinema.config.data import BucketConfig
 from kinema.data.buckets import Clip
 from kinema.data.examine import How, Looked, look
+from kinema.data.lengths import CAUSAL
 from kinema.data.media import Transform, decode_clip
 from kinema.data.records import Record
 
@@ -76,7 +77,7 @@ class Left:
 
 def examine(path: Path | str, how: How = "clips", buckets: BucketConfig = BUCKETS, **more: Any) -> Looked:
     record = Record(str(path), ("",), "video", "here", **more)
-    return look(record, buckets, 16, 4, how, 0, 0, False)
+    return look(record, buckets, 16, CAUSAL, how, 0, 0, False)
 
 
 def verify(looked: Looked, expected: Used | Left, path: Path) -> None:

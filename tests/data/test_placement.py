@@ -18,6 +18,7 @@ from media_columns import columns
 from kinema.config.data import BucketConfig
 from kinema.data import placement
 from kinema.data.buckets import Bucket, bucket_groups
+from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.data.placement import Placement, place
 from kinema.data.records import MediaInfo, Record
 from kinema.data.sources.base import MediaColumns, columns_of
@@ -39,9 +40,11 @@ def column_values(media: list[Media]) -> MediaColumns:
     return columns_of([one.info for one in media], records)
 
 
-def placed(media: MediaColumns, config: BucketConfig, grid: int = 16, stride: int = 4, **how: Any) -> Placement:
+def placed(
+    media: MediaColumns, config: BucketConfig, grid: int = 16, lengths: ClipLengths = CAUSAL, **how: Any
+) -> Placement:
     rows = np.arange(len(media), dtype=np.uint32)
-    return place(media, rows, config, grid, stride, **({"seed": 1, "online": False} | how))
+    return place(media, rows, config, grid, lengths, **({"seed": 1, "online": False} | how))
 
 
 def items(found: Placement) -> list[tuple[Any, ...]]:
@@ -73,11 +76,11 @@ def reference_stretch(one: Media, fps: float | None) -> tuple[int, int, float]:
     return shown[0], len(shown), rate
 
 
-def reference_buckets(one: Media, available: int, config: BucketConfig, grid: int, stride: int) -> Any:
+def reference_buckets(one: Media, available: int, config: BucketConfig, grid: int, lengths: ClipLengths) -> Any:
     """[(group, bucket)], or the code of the reason."""
     width, height = one.info.width, one.info.height
     chosen: list[tuple[int, Bucket]] = []
-    for number, group in enumerate(bucket_groups(config, grid, stride)):
+    for number, group in enumerate(bucket_groups(config, grid, lengths)):
         fitting = [bucket for bucket in group.buckets if bucket.frames <= available]
         if not fitting:
             return "picture without bucket" if one.info.kind == "image" else "too short"
@@ -143,11 +146,12 @@ def some_media(draw: st.DrawFn) -> Media:
 
 
 @st.composite
-def some_config(draw: st.DrawFn) -> tuple[BucketConfig, int, int]:
-    grid, stride = draw(st.sampled_from([8, 16, 32])), draw(st.sampled_from([1, 4, 8]))
-    lengths = st.lists(st.integers(0, 6).map(lambda k: k * stride + 1), min_size=1, max_size=4, unique=True)
+def some_config(draw: st.DrawFn) -> tuple[BucketConfig, int, ClipLengths]:
+    grid = draw(st.sampled_from([8, 16, 32]))
+    allowed = draw(st.sampled_from([ClipLengths(1), ClipLengths(4), ClipLengths(8), ClipLengths(4, first=8)]))
+    count = st.sampled_from(allowed.between(1, 50)[:7])
     keys: dict[str, Any] = {
-        "frames": tuple(sorted(draw(lengths))),
+        "frames": tuple(sorted(draw(st.lists(count, min_size=1, max_size=4, unique=True)))),
         "fps": draw(st.sampled_from([None, 16.0, 24.0, 30.0])),
     }
     clip = draw(st.sampled_from(["head", "middle", "tail", "chunk", "slide", "uniform", "full", "random"]))
@@ -159,12 +163,11 @@ def some_config(draw: st.DrawFn) -> tuple[BucketConfig, int, int]:
     sides = st.sampled_from([32, 64, 96, 128, 256])  # few, so that several sizes have one aspect ratio
     way = draw(st.sampled_from(["even", "aspects", "sizes"]))
     if way == "sizes":
-        count = st.integers(0, 6).map(lambda k: k * stride + 1)
         size = st.one_of(st.tuples(sides, sides), st.tuples(sides, sides, count))
         keys["sizes"] = tuple(draw(st.lists(size, min_size=1, max_size=6, unique=True)))
         if all(len(one) == 3 for one in keys["sizes"]):
             del keys["frames"]  # each of them has its own
-        return BucketConfig(**keys), grid, stride
+        return BucketConfig(**keys), grid, allowed
     keys["resolutions"] = tuple(
         draw(st.lists(st.sampled_from([64, 128, 200, 256]), min_size=1, max_size=3, unique=True))
     )
@@ -178,23 +181,23 @@ def some_config(draw: st.DrawFn) -> tuple[BucketConfig, int, int]:
             "min_aspect": 0.5,
             "max_aspect": draw(st.sampled_from([0.5, 2.0, 3.0])),
         }
-    return BucketConfig(**keys), grid, stride
+    return BucketConfig(**keys), grid, allowed
 
 
 @settings(max_examples=250, deadline=None)
 @given(st.lists(some_media(), min_size=1, max_size=12), some_config(), st.booleans())
 def test_every_record_is_placed_as_the_reference_places_it(
-    media: list[Media], how: tuple[BucketConfig, int, int], online: bool
+    media: list[Media], how: tuple[BucketConfig, int, ClipLengths], online: bool
 ) -> None:
-    config, grid, stride = how
-    found = placed(column_values(media), config, grid, stride, online=online)
+    config, grid, lengths = how
+    found = placed(column_values(media), config, grid, lengths, online=online)
     got = items(found)
-    longer = any(bucket.frames > 1 for group in bucket_groups(config, grid, stride) for bucket in group.buckets)
+    longer = any(bucket.frames > 1 for group in bucket_groups(config, grid, lengths) for bucket in group.buckets)
     expected: list[tuple[Any, ...]] = []
     missed = {}
     for index, one in enumerate(media):
         first, available, rate = reference_stretch(one, config.fps)
-        buckets = reference_buckets(one, available, config, grid, stride)
+        buckets = reference_buckets(one, available, config, grid, lengths)
         if isinstance(buckets, str):
             missed[index] = buckets
             continue

@@ -17,6 +17,7 @@ COLUMNS = {
     "h": "checkpointing, compile, float8",
 }
 BEGIN, END = "<!-- proofs: begin -->", "<!-- proofs: end -->"
+_SIGNS = {"passed": "✓", "failed": "✗", "skipped": "–"}
 _WEIGHT = {"skipped": 0, "passed": 1, "failed": 2}
 _TEST = re.compile(r"test_zoo\.py::test_([a-h])_\w+\[([\w.-]+?)(?:-(?:diffusers|comfyui|kohya))?\](?:@.*)?$")
 
@@ -35,17 +36,33 @@ def outcomes(reports: Iterable[tuple[str, str]]) -> dict[str, dict[str, str]]:
 
 def table(found: Mapping[str, Mapping[str, str]], order: Iterable[str]) -> str:
     """Markdown, in the order of the suite."""
-    signs = {"passed": "✓", "failed": "✗", "skipped": "–"}
     head = "| family | variant | " + " | ".join(COLUMNS) + " |"
     lines = [head, "|" + "---|" * (2 + len(COLUMNS))]
     for case in order:
         if case not in found:
             continue
         family, variant = case.split("-", 1)
-        cells = [signs.get(found[case].get(column, ""), "") for column in COLUMNS]
+        cells = [_SIGNS.get(found[case].get(column, ""), "") for column in COLUMNS]
         lines.append(f"| {family} | {variant} | " + " | ".join(cells) + " |")
     legend = "; ".join(f"**{letter}** {what}" for letter, what in COLUMNS.items())
     return "\n".join([*lines, "", legend + "."])
+
+
+def read(page: Path) -> dict[str, dict[str, str]]:
+    """The outcomes that a page's table shows, as `outcomes` gives them."""
+    content = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    names = {sign: outcome for outcome, sign in _SIGNS.items()}
+    found: dict[str, dict[str, str]] = {}
+    for line in content.splitlines()[2:]:
+        if line.startswith("| "):
+            family, variant, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            found[f"{family}-{variant}"] = {c: names[sign] for c, sign in zip(COLUMNS, cells, strict=True) if sign}
+    return found
+
+
+def merged(known: Mapping[str, Mapping[str, str]], found: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """What a run of some of the tests ``found``, over what was ``known`` of the others."""
+    return {case: {**known.get(case, {}), **found.get(case, {})} for case in {**known, **found}}
 
 
 def write(page: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from report_table import outcomes, table, write
+from report_table import merged, outcomes, read, table, write
 
 from kinema.config.load import load_config
 from kinema.config.schema import ModelConfig
@@ -195,6 +195,14 @@ def test_the_table_of_proofs(tmp_path: Path) -> None:
     write(page, table(found, sorted(found)))
     text = page.read_text(encoding="utf-8")
     assert "| flux | dev | ✓ |  |  |  | ✓ |  | – | ✗ |" in text and blocks(text) == before
+    assert read(page) == found
+    again = merged(read(page), {"flux-dev": {"b": "passed", "h": "passed"}, "wan-t2v-1.3b": {"a": "skipped"}})
+    assert again == {
+        "flux-dev": {"a": "passed", "b": "passed", "e": "passed", "g": "skipped", "h": "passed"},
+        "wan-t2v-1.3b": {"a": "skipped"},
+    }
+    write(page, table(again, sorted(again)))
+    assert read(page) == again
 
 
 def test_a_wrong_example_would_be_seen(tmp_path: Path) -> None:

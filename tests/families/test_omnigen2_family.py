@@ -23,7 +23,8 @@ from kinema.families.omnigen2 import OmniGen2
 from kinema.families.registry import open_family
 from kinema.networks import omnigen2_pipeline
 from kinema.networks.omnigen2 import MAX_REFERENCES
-from kinema.sampling.pipeline import SampleSettings, Texts, _text_encoders, picture, sample_many
+from kinema.sampling.pipeline import SampleSettings, Texts, _text_encoders, sample_many
+from kinema.sampling.references import picture
 from kinema.sampling.request import check_image_guidance, check_images, defaults_of_run, defaults_of_variant
 
 

@@ -23,7 +23,7 @@ from kinema.errors import ConfigError, UserError
 from kinema.families import open_sora, standard
 from kinema.families.base import FrameShift, NoisePath, Prepared
 from kinema.families.open_sora import OpenSora
-from kinema.families.open_sora_conditions import CONDITIONS, SHIPPED, choose, latents_of, possible
+from kinema.families.open_sora_conditions import CONDITIONS, SHIPPED, choose, given_of, latents_of, possible
 from kinema.families.registry import open_family
 from kinema.networks.open_sora import OpenSoraTransformer, pack, positions, unpack
 from kinema.objectives import flow
@@ -81,10 +81,6 @@ class LinearAutoencoder(nn.Module):
         means = torch.cat([first, rest.unflatten(2, (-1, 4)).mean(3)], dim=2) if rest.shape[2] else first
         z = torch.einsum("dc,bcthw->bdthw", self.matrix, means)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=z, std=torch.zeros_like(z))) if self.causal else z
-
-    def pad_frames(self, x: Tensor) -> Tensor:
-        assert x.shape[2] == 1 or x.shape[2] % 4 == 0
-        return x
 
 
 @dataclass
@@ -318,12 +314,44 @@ def test_what_may_be_given() -> None:
     assert [choose({"a": 1, "b": 0, "c": 3}, u) for u in (0.0, 0.2499, 0.25, 0.9999999)] == ["a", "a", "c", "c"]
 
 
+def test_stretches_of_any_length() -> None:
+    """v2v_head_N gives N frames, which the autoencoder takes whole."""
+    assert given_of("v2v_head_33", True) == given_of("v2v_head", True)
+    assert given_of("v2v_tail_64", False) == given_of("v2v_tail_easy", False)
+    assert [latents_of(n, True) for n in given_of("v2v_head_9", True)] == [3, 0]
+    assert [latents_of(n, False) for n in given_of("v2v_tail_8", False)] == [0, 2]
+    assert list(possible({"v2v_head_9": 1, "v2v_head_13": 1}, 4, True)) == ["v2v_head_9"]
+    for name, causal, near in (
+        ("v2v_head_8", True, "5 or 9"), ("v2v_head_1", True, "5"), ("v2v_tail_9", False, "8 or 12"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"{name}: .* nearest: {near}\. A single frame is i2v_"):
+            given_of(name, causal)
+
+
+def test_training_is_given_a_stretch(tiny: Path) -> None:
+    """From clip to mask: the first 9 (8) frames of a clip of 17 (16), encoded by themselves."""
+    causal = family(tiny).causal
+    name, stretch, latents, whole = ("v2v_head_9", 9, 3, 17) if causal else ("v2v_head_8", 8, 2, 16)
+    ours = family(tiny, conditions={name: 1})
+    parts = {"autoencoder": ours.load("autoencoder", "cpu", torch.float32)}
+    row = {"text": torch.zeros(512, 32), "pooled": torch.zeros(24)}
+    for encoding in ours.encodings():
+        if encoding.reads_pixels:
+            row |= ours.encode(encoding, parts, [Sample("", noise_clip(whole))])[0]
+    row.pop("latents_std", None)
+    assert row[f"head_{stretch}"].shape[1] == latents
+    cond = ours.prepare(batch_of(row)).conditioning["cond"][0]
+    assert cond[0, :, 0, 0].tolist() == [1.0] * latents + [0.0] * (cond.shape[1] - latents)
+    assert torch.equal(cond[1:, :latents], row[f"head_{stretch}"])
+
+
 def test_given_frames_are_encoded_by_themselves(tiny: Path) -> None:
     """Nothing of the rest of the clip leaks into them, and each is what the autoencoder makes of these frames alone."""
     weights = {"i2v_loop": 1.0, "v2v_head": 1.0, "v2v_tail": 1.0}
     ours = family(tiny, conditions=weights)
     autoencoder = ours.load("autoencoder", "cpu", torch.float32)
-    clip, other = noise_clip(41), noise_clip(41, seed=1)
+    length = 41 if ours.causal else 44
+    clip, other = noise_clip(length), noise_clip(length, seed=1)
     other[:, :33] = clip[:, :33]  # the same beginning
 
     def encoded(name: str, pixels: Tensor) -> Tensor:
@@ -340,8 +368,7 @@ def test_given_frames_are_encoded_by_themselves(tiny: Path) -> None:
     tail, last = encoded(f"tail_{stretch}", clip), encoded("tail_1", clip)
     assert tail.shape == head.shape and last.shape[1] == 1
     assert torch.equal(last, encoded("head_1", clip[:, -1:].expand(-1, 2, -1, -1)))
-    cut = clip[:, -stretch:] if ours.causal else torch.cat([clip, *[clip[:, -1:]] * 3], 1)[:, -stretch:]
-    alone = encoded("latents", cut[:, :33] if ours.causal else cut)
+    alone = encoded("latents", clip[:, -stretch:])
     torch.testing.assert_close(tail, alone, rtol=0, atol=1e-5)
     for name in (f"head_{stretch}", f"tail_{stretch}"):
         assert encoded(name, clip[:, :stretch]).numel() == 0  # all of it would be given
@@ -388,6 +415,7 @@ def test_what_the_network_is_told(v2: Path) -> None:
     ("model", "message"),
     [
         ({"conditions": {"i2v_heat": 1}}, r"no condition 'i2v_heat'.*i2v_head.*Known: t2v"),
+        ({"conditions": {"v2v_head_8": 1}}, r"model\.conditions: v2v_head_8: .* nearest: 5 or 9"),
         ({"conditions": {"t2v": 0, "i2v_head": 0}}, r"no weight is above 0"),
         ({"conditions": {}}, r"no weight is above 0"),
         ({"guidance": 4.0}, r"model\.guidance: this network has no guidance embedding"),

@@ -26,9 +26,9 @@ from kinema.families.open_sora_schedule import (
     schedule,
     shift_of,
     shifted_time,
-    size,
 )
 from kinema.families.open_sora_strategy import Conditions, Given, lay_out, named_condition, parse_strategy
+from kinema.families.resolutions import size
 from kinema.networks.open_sora import pack, positions, unpack
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "open_sora"

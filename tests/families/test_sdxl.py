@@ -246,7 +246,7 @@ def test_an_adapter_of_all_parts_comes_back(base: Path, tmp_path: Path, layout: 
         for parameter in adapter_parameters(network).values():
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
         network.requires_grad_(False)
-    world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+    world = World.alone()
     folder = export_weights(tmp_path / "exports", 1, family, networks, config, world) / layout
     (file,) = folder.glob("*.safetensors")
 

@@ -137,7 +137,7 @@ def test_adapters_of_both_experts_are_read_together(a14b: Path, tmp_path: Path) 
         add_adapter(network, config.adapter, family.adapter_targets(), 0)
         for parameter in adapter_parameters(network).values():
             parameter.data = torch.randn(parameter.shape, generator=draw)
-    world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+    world = World.alone()
     folder = export_weights(tmp_path / "exports", 1, family, adapted, config, world) / "comfyui"
     assert sorted(re.sub(r".*-", "", file.stem) for file in folder.iterdir()) == ["high", "low"]
     fold_file(folder, family, plain)

@@ -188,6 +188,23 @@ def _changes(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, T
     return found
 
 
+def test_a_shapes_of_samples(model: Model) -> None:
+    """What `kinema plan` takes for encoded samples has the names and shapes of what the encoders give, but for the
+    length of texts."""
+    from kinema.data.buckets import Bucket
+    from kinema.families.sample_shapes import sample_shapes
+
+    case = model.case
+    ours = sample_shapes(model.family, Bucket(case.frames, case.height, case.width), controls=case.controls)
+    real = {name: tuple(value.shape) for name, value in model.samples[PROMPT].items() if name != "latents_std"}
+    assert ours.keys() == real.keys()
+    for name, shape in real.items():
+        if name in ("text", "glyphs"):
+            assert ours[name][1:] == shape[1:], name
+        elif name != "controls" or case.controls:  # without pictures there is no size
+            assert ours[name] == shape, name
+
+
 # -- (b) conversion and path -----------------------------------------------------------------------------------------
 
 
@@ -349,7 +366,7 @@ def exported(model: Model, network: nn.Module, config: Config, root: Path) -> Pa
     from kinema.parallel.mesh import World
     from kinema.training.export import export_weights
 
-    world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+    world = World.alone()
     return export_weights(root / "exports", 1, model.family, {"network": network}, config, world)
 
 

@@ -592,3 +592,24 @@ def test_gradients_are_those_of_differences() -> None:
                 parameter.add_(direction[name], alpha=step)
             losses.append(float(autoencoder(x).square().mean()))
     assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_moves_parts_to_a_device_hears_of_encoding_and_decoding(autoencoder: VideoDCAE) -> None:
+    """A hook of accelerate stands before ``forward`` alone, unless a method says that it wants it."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    calls: list[Any] = []
+
+    class Heard(ModelHook):  # type: ignore[misc]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            calls.append(module)
+            return args, kwargs
+
+    x = torch.zeros(1, 3, 1, 64, 64)
+    expected = autoencoder.encode(x)
+    add_hook_to_module(autoencoder, Heard())
+    latents = autoencoder.encode(x)
+    assert calls == [autoencoder] and torch.equal(latents, expected)
+    autoencoder.decode(latents, frames=1)
+    assert calls == [autoencoder] * 2
+    remove_hook_from_module(autoencoder)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_flow import Known, a_batch, flow_matching, nothing
 
 from kinema.config.schema import ObjectiveConfig
+from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.objectives.base import Draws
 from kinema.objectives.mask import kept_latents, masked_mean, on_latent_grid
 
@@ -20,26 +21,27 @@ def drawn(shape, seed=0):
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def frames_behind(k, given, latents):
-    """The frames that latent frame k is made of, by the rule of causal video autoencoders."""
+def frames_behind(k, given, stride, causal):
+    """The frames that latent frame k is made of: of a causal autoencoder, the first of the first frame alone."""
     if given == 1:
         return [0]
-    stride = (given - 1) // (latents - 1)
-    return [0] if k == 0 else [f for f in range(given) if math.ceil(f / stride) == k]
+    return [f for f in range(given) if (math.ceil(f / stride) if causal else f // stride) == k]
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    stride=st.integers(1, 8), more=st.integers(1, 4), still=st.booleans(),
+    stride=st.integers(1, 8), more=st.integers(1, 4), still=st.booleans(), causal=st.booleans(),
     cell=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )  # fmt: skip
-def test_a_latent_gets_the_mean_of_its_pixels(stride, more, still, cell, size):
+def test_a_latent_gets_the_mean_of_its_pixels(stride, more, still, causal, cell, size):
     frames, (height, width) = more + 1, size
-    mask = drawn((1, 1 if still else more * stride + 1, height * cell[0], width * cell[1]), seed=stride)
-    found = on_latent_grid(mask, frames, height, width)
+    lengths = ClipLengths(stride, first=1 if causal else 2 * stride)
+    given = 1 if still else more * stride + (1 if causal else stride)
+    mask = drawn((1, given, height * cell[0], width * cell[1]), seed=stride)
+    found = on_latent_grid(mask, (frames, height, width), lengths)
     assert found.shape == (1, frames, height, width)
     for k in range(frames):
-        behind = mask[0, frames_behind(k, mask.shape[1], frames)].double() / 255
+        behind = mask[0, frames_behind(k, mask.shape[1], stride, causal)].double() / 255
         for y in range(height):
             for x in range(width):
                 cells = behind[:, y * cell[0] : (y + 1) * cell[0], x * cell[1] : (x + 1) * cell[1]]
@@ -48,9 +50,9 @@ def test_a_latent_gets_the_mean_of_its_pixels(stride, more, still, cell, size):
 
 def test_a_mask_of_another_grid_is_a_fault():
     with pytest.raises(AssertionError):
-        on_latent_grid(drawn((1, 8, 16, 16)), 3, 2, 2)
+        on_latent_grid(drawn((1, 8, 16, 16)), (3, 2, 2), CAUSAL)
     with pytest.raises(AssertionError):
-        on_latent_grid(drawn((1, 9, 15, 16)), 3, 2, 2)
+        on_latent_grid(drawn((1, 9, 15, 16)), (3, 2, 2), CAUSAL)
 
 
 def losses(masks, weights=None, given=None, answer=nothing):
@@ -77,7 +79,7 @@ def test_the_loss_is_the_weighted_mean_in_float64():
     for i, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
         eps = Draws(1, 2).normal(batch, torch.stack(batch.tensors["latents"]), "noise")[i]
         errors = (eps.double() - batch.tensors["latents"][i]).square()
-        kept = torch.ones(1, 3, 2, 2) if mask is None else on_latent_grid(mask, 3, 2, 2)
+        kept = torch.ones(1, 3, 2, 2) if mask is None else on_latent_grid(mask, (3, 2, 2), CAUSAL)
         kept = kept.double().expand(LATENTS)
         one = float((kept * errors).sum() / kept.sum())
         assert per_sample[i].item() == pytest.approx(one, rel=1e-6)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from kinema.errors import UserError
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.optim.ema import Ema
 from kinema.parallel.data import GradientReducer, accumulate, shard
-from kinema.parallel.mesh import World, start, stop
+from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.clipping import clip_gradients
-from kinema.training.state import load_training_state, named_trainables, training_state
+from kinema.training.state import load_training_state, training_state
 
 BATCH = 8
 STEPS = 3
@@ -169,7 +169,7 @@ def resumed(world: World, directory: Path) -> Result:
     """Load what one process wrote, go on, save; the test goes on from that in one process."""
     wan = prepared(world, network())
     optimizer, ema = adamw(wan), Ema(named_trainables({"network": wan}).items(), 0.9)
-    checkpointer = Checkpointer(directory / f"resumed-{world.dp_shard}", 2, True, world)
+    checkpointer = Checkpointer(directory / f"resumed-{world.sizes.dp_shard}", 2, True, world)
     meta = load_training_state(checkpointer, directory / "single" / "step-00000003", {"network": wan}, [optimizer], ema)
     norms = fit(world, wan, first=3, optimizer=optimizer, ema=ema)
     checkpointer.save(6, training_state({"network": wan}, [optimizer], ema), {"norms": norms})
@@ -211,14 +211,15 @@ def mixed_gradients(world: World, directory: Path) -> Result:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     assert world.mesh is not None
+    mesh = world.mesh["dp_replicate", "dp_shard"]
     line = init_device_mesh("cpu", (world.size,), mesh_dim_names=("line",))
     generator = torch.Generator().manual_seed(3)
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (1, 4), (6,), (2, 2))]
     layouts = [
         None,
         (line, [Shard(0)]),
-        (world.mesh, [Shard(0), Replicate()]),
-        (world.mesh, [Replicate(), Replicate()]),
+        (mesh, [Shard(0), Replicate()]),
+        (mesh, [Replicate(), Replicate()]),
     ]
     parameters = []
     for value, layout in zip(values, layouts, strict=True):
@@ -246,7 +247,7 @@ def different_weights(world: World, directory: Path) -> Result:
 def disk_full_on_one(world: World, directory: Path) -> Result:
     """The last rank cannot write its part: every rank is told, the checkpoint before stays, the next works."""
     wan = prepared(world, network())
-    checkpointer = Checkpointer(directory / f"full-{world.dp_shard}", 2, True, world)
+    checkpointer = Checkpointer(directory / f"full-{world.sizes.dp_shard}", 2, True, world)
     tensors = training_state({"network": wan})
     checkpointer.save(1, tensors, {})
     checkpointer.wait()
@@ -287,14 +288,11 @@ FAILURES: list[Case] = [not_finite, disk_full_on_one]
 
 def main(directory: Path, plans: list[str]) -> None:
     """``plans``: "replicate x shard" pairs such as 1x2, run one after the other on the same ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     torch.set_num_threads(1)
     started = start(ParallelConfig(), "cpu")
     for plan in plans:
         replicas, shards = map(int, plan.split("x"))
-        mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
-        world = replace(started, dp_replicate=replicas, dp_shard=shards, mesh=mesh)
+        world = lay_out(started, Sizes(dp_replicate=replicas, dp_shard=shards))
         for case in TRAININGS + FAILURES + (REPLICATED if shards == 1 else []):
             result = case(world, directory)
             if world.is_main:

@@ -17,9 +17,11 @@ from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
 from kinema.optim.ema import Ema
 from kinema.parallel.data import shard
-from kinema.parallel.mesh import World, start
-from kinema.training.checkpoint import Checkpointer, list_checkpoints
-from kinema.training.state import load_training_state, named_trainables, training_state
+from kinema.parallel.mesh import Sizes, World, start
+from kinema.runs.checkpoint_list import list_checkpoints
+from kinema.runs.trained import named_trainables
+from kinema.training.checkpoint import Checkpointer
+from kinema.training.state import load_training_state, training_state
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("parallel")]  # one worker runs the ranks
 
@@ -190,6 +192,6 @@ def test_sharding_needs_one_type() -> None:
 
     wan = parallel_cases.network()
     wan.proj_out.to(torch.bfloat16)
-    world = replace(start(ParallelConfig(), "cpu"), dp_shard=2, mesh=object.__new__(DeviceMesh))
+    world = replace(World.alone(), sizes=Sizes(dp_shard=2), mesh=object.__new__(DeviceMesh))
     with pytest.raises(UserError, match=r"bfloat16 and float32.*dp_shard = 2.*model\.network\.dtype"):
         shard(wan, {"blocks": wan.blocks}, world)

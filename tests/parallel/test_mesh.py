@@ -5,7 +5,7 @@ import torch
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
-from kinema.parallel.mesh import data_parallel_sizes, start
+from kinema.parallel.mesh import Sizes, World, sizes_of, start
 
 
 @pytest.mark.parametrize(
@@ -14,13 +14,25 @@ from kinema.parallel.mesh import data_parallel_sizes, start
 )
 def test_sizes(replicate: int, shard: int, processes: int, sizes: tuple[int, int]) -> None:
     parallel = ParallelConfig(dp_replicate=replicate, dp_shard=shard)
-    assert data_parallel_sizes(parallel, processes) == sizes
+    assert sizes_of(parallel, processes) == Sizes(dp_replicate=sizes[0], dp_shard=sizes[1])
+
+
+def test_every_dimension_has_its_place() -> None:
+    """As `init_device_mesh` lays ranks out: the last dimension counts fastest."""
+    sizes = sizes_of(ParallelConfig(pp=2, sp=3, tp=2, dp_shard=2), 48)
+    assert sizes == Sizes(pp=2, dp_replicate=2, dp_shard=2, sp=3, tp=2) and (sizes.dp, sizes.total) == (4, 48)
+    ranks = torch.arange(48).view(2, 2, 2, 3, 2)
+    for rank in range(48):
+        place = sizes.place(rank)
+        assert ranks[tuple(place[name] for name in ("pp", "dp_replicate", "dp_shard", "sp", "tp"))] == rank
+    shares = {World(rank, 48, 0, torch.device("cpu"), sizes).dp_rank for rank in range(48)}
+    assert shares == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
     ("parallel", "processes", "parts"),
     [
-        (ParallelConfig(dp_shard=4), 6, ("dp_shard = 4", "6 processes", "torchrun --nproc-per-node 4", "divisor of 6")),
+        (ParallelConfig(dp_shard=4), 6, ("dp_shard = 4", "6 processes", "torchrun --nproc-per-node 4", "divides 6")),
         (ParallelConfig(dp_shard=2), 1, ("dp_shard = 2", "1 process", "torchrun --nproc-per-node 2")),
         (
             ParallelConfig(dp_replicate=2, dp_shard=2),
@@ -31,7 +43,7 @@ def test_sizes(replicate: int, shard: int, processes: int, sizes: tuple[int, int
 )
 def test_sizes_that_do_not_fit(parallel: ParallelConfig, processes: int, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as error:
-        data_parallel_sizes(parallel, processes)
+        sizes_of(parallel, processes)
     assert all(part in str(error.value) for part in parts), error.value
 
 

@@ -24,7 +24,7 @@ from kinema.sampling.writing import read_metadata
 from kinema.training.export import export_weights
 from kinema.training.rundir import write_description
 
-ALONE = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+ALONE = World.alone()
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "frames": 5, "steps": 2}
 
 
@@ -75,6 +75,7 @@ def test_files_index_and_metadata(base: Path, tmp_path: Path) -> None:
     assert facts == {
         "prompt": prompts[0], "height": 32, "width": 48, "frames": 5, "steps": 2, "guidance": 3.0, "seed": 1,
         "image_guidance": None, "negative": "box", "images": [], "image_contents": [], "shift": None,
+        "tiling": "auto", "tile_size": None, "tile_frames": None, "crf": 10,
         "text_length": 512, "fps": 16.0, "weights": base.name, "adapters": [], "adapter_contents": [],
         "weights_from": {"model": str(base), "family": None, "variant": None},
         "dtype": "float32", "device": "cpu", "batch": {"place": 1, "others": others},
@@ -130,8 +131,9 @@ def make_run(config: Config) -> tuple[Any, Any]:
     """A run directory with a checkpoint at step 2, and weights at step 2: (network, its averages swapped in)."""
     from kinema.adapters.inject import add_adapter
     from kinema.optim.ema import Ema
+    from kinema.runs.trained import named_trainables
     from kinema.training.checkpoint import Checkpointer
-    from kinema.training.state import named_trainables, training_state
+    from kinema.training.state import training_state
 
     family = open_family(config.model)
     network = family.load("network", "cpu", torch.float32).requires_grad_(True)

@@ -21,7 +21,8 @@ from pyarrow import csv, parquet
 from kinema.errors import UserError
 from kinema.families.registry import family_class
 from kinema.sampling.command import sample
-from kinema.sampling.lists import SETTINGS, Ask, PromptList, file_stem, read_list
+from kinema.sampling.lists import Ask, PromptList, file_stem, read_list
+from kinema.sampling.settings import COLUMNS
 from kinema.sampling.writing import read_metadata
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "frames": 5, "steps": 1}
@@ -89,10 +90,12 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
 
 
 def test_settings_have_their_own_names_and_types(tmp_path: Path) -> None:
-    values = {name: 9 if one.kind is int else 2.5 for name, one in SETTINGS.items()}
+    of_kind: dict[type, Any] = {int: 9, float: 0.5, bool: True, str: "16:9"}
+    values = {name: of_kind[one.kind] for name, one in COLUMNS.items()}
     path = write(tmp_path / "a.csv", [{"prompt": "x", **values}])
     assert read_list(str(path)).asks[0].options == values
-    floats = {name: float(value) for name, value in values.items()}  # pandas turns whole numbers into these
+    # pandas turns whole numbers, and truths with empty cells between them, into floats
+    floats = {name: value if isinstance(value, str) else float(value) for name, value in values.items()}
     assert read_list(str(write(tmp_path / "b.parquet", [{"caption": "x", **floats}]))).asks[0].options == values
     large = write(tmp_path / "c.jsonl", [{"text": "x", "seed": 2**62 + 1}])
     assert read_list(str(large)).asks[0].options == {"seed": 2**62 + 1}

@@ -12,7 +12,8 @@ import torch
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
-from kinema.sampling.pipeline import SampleSettings, Texts, picture, sample_many, shifted
+from kinema.sampling.pipeline import SampleSettings, Texts, sample_many, shifted
+from kinema.sampling.references import picture
 from kinema.sampling.weights import Weights, load_parts
 
 

@@ -22,7 +22,7 @@ from kinema.sampling.writing import read_metadata
 from kinema.training.export import export_weights
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "frames": 5, "steps": 2}
-ALONE = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+ALONE = World.alone()
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,9 @@ def test_options_change_single_settings(base: Path, tmp_path: Path) -> None:
 
 def test_the_step_of_a_run_that_has_gone_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Drawn from a checkpoint and from an export with an adapter; the run then trains on, and moves."""
+    from kinema.runs.trained import named_trainables
     from kinema.training.checkpoint import Checkpointer
-    from kinema.training.state import named_trainables, training_state
+    from kinema.training.state import training_state
 
     config = make_config(base, tmp_path, adapter={"rank": 4, "alpha": 8.0})
     network, ema = make_run(config)

@@ -79,7 +79,7 @@ def test_prompts_end_as_captions_do() -> None:
 
 def test_what_is_no_score_is_refused(base: Path) -> None:
     for name, value in (("motion", math.nan), ("aesthetic", math.inf)):
-        with pytest.raises(UserError, match=f"--{name} .*a score is a number"):
+        with pytest.raises(UserError, match=f"--{name} .*: expected a number"):
             sample(["a ball"], model=str(base), **SMALL, **{name: value})
     with pytest.raises(UserError, match=r"--tell-fps: a picture has no frame rate"):
         sample(["a ball"], model=str(base), **{**SMALL, "frames": 1}, tell_fps=True)

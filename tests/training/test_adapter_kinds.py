@@ -14,10 +14,10 @@ from kinema.config.layouts import why_not
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
 from kinema.optim.optimizers import build_optimizers
+from kinema.runs.trained import named_trainables
 from kinema.sampling.weights import find_weights, load_parts
 from kinema.training.export import export_weights
 from kinema.training.networks import block_matrices, check_networks, load_networks
-from kinema.training.state import named_trainables
 
 KINDS = {
     "lora": {"rank": 4, "alpha": 2.0, "rank_patterns": {"to_q": 2}},

@@ -14,10 +14,12 @@ from kinema.config.load import load_config
 from kinema.config.schema import Config
 from kinema.data.batch_sizes import tokens_of
 from kinema.data.buckets import Bucket
+from kinema.data.lengths import CAUSAL
 from kinema.errors import UserError
 from kinema.families.registry import open_family
 from kinema.optim.scale import LossScale
 from kinema.parallel.mesh import start
+from kinema.parallel.watch import Watch
 from kinema.training.auto_batch import find_batch_sizes
 from kinema.training.loop import train_step
 from kinema.training.preflight import resolve
@@ -43,7 +45,7 @@ def configured(root: Path, name: str, **overrides: str) -> Config:
 def prepared(config: Config) -> Run:
     family = open_family(config.model)
     place = start(config.parallel)
-    run = Run(resolve(config, place.device), ResumeOptions(), family, place)
+    run = Run(resolve(config, place.device), ResumeOptions(), family, place, Watch(place))
     run.prepare()
     run.close()
     return run
@@ -61,7 +63,7 @@ def find(run: Run, memory: int, most: int = 4000) -> tuple[dict[str, int], list[
         run.networks,
         run.data.training.buckets,
         run.data.training.sample_of,
-        tokens=lambda bucket: tokens_of(bucket, 16, 4),
+        tokens=lambda bucket: tokens_of(bucket, 16, CAUSAL),
         most=lambda bucket: most,
         say=said.append,
         memory=memory,
@@ -117,7 +119,7 @@ def test_buckets_alike_are_tried_once(small_run):
         small_run.networks,
         [wide, tall],
         sample_of,
-        tokens=lambda bucket: tokens_of(bucket, 16, 4),
+        tokens=lambda bucket: tokens_of(bucket, 16, CAUSAL),
         most=lambda bucket: {wide: 3, tall: 5}[bucket],
         say=said.append,
     )

@@ -61,6 +61,7 @@ def test_forecast_fill_report_edit_prune_regenerate_verify(tmp_path: Path, capsy
     done = said(prune_cache, config)
     assert f"were taken out of {cache}" in done and f"{total} entries stay" in done
     assert set(Cache(cache).keys()) < before and len(Cache(cache)) == total
+    assert len(list(cache.glob("*.facts"))) == 1
     assert encoded(said(prepare_data, config)) == 0
 
     assert encoded(said(prepare_data, config, regenerate=True)) == total

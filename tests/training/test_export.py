@@ -10,10 +10,11 @@ from kinema.config.schema import Config
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
 from kinema.parallel.mesh import World
+from kinema.runs.exports import list_exports, read_export
 from kinema.training import export
-from kinema.training.export import export_weights, list_exports, read_export
+from kinema.training.export import export_weights
 
-ALONE = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+ALONE = World.alone()
 FAMILY = "wan"
 
 

@@ -18,13 +18,13 @@ import torch
 from kinema.config.schema import Config
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
-from kinema.parallel.mesh import World
+from kinema.parallel.mesh import Sizes, World
 from kinema.sampling.pipeline import sample_many
 from kinema.sampling.weights import Weights, load_parts
 from kinema.sampling.writing import read_metadata, to_uint8
 from kinema.training.previews import Previewer
 
-ALONE = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
+ALONE = World.alone()
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +146,9 @@ def test_other_ranks_write_nothing(base: Path, tmp_path: Path) -> None:
     network = family.load("network", "cpu", torch.float32)
     ran: list[int] = []
     network.register_forward_hook(lambda *_: ran.append(1))
-    replica = replace(ALONE, rank=1, size=2, dp_rank=1, dp_size=2, dp_replicate=2)
+    replica = replace(ALONE, rank=1, size=2, sizes=Sizes(dp_replicate=2))
     assert Previewer(config, family, replica).preview(0, {"network": network}) == [] and not ran
-    part = replace(ALONE, rank=1, size=2, dp_rank=1, dp_size=2, dp_shard=2)
+    part = replace(ALONE, rank=1, size=2, sizes=Sizes(dp_shard=2))
     assert Previewer(config, family, part).preview(0, {"network": network}) == [] and len(ran) == 4
     assert not (tmp_path / "run").exists()
 

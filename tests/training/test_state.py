@@ -13,8 +13,10 @@ from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
 from kinema.optim.ema import Ema
 from kinema.parallel.mesh import start
-from kinema.training.checkpoint import Checkpointer, contents
-from kinema.training.state import load_training_state, named_trainables, training_state
+from kinema.runs.checkpoint_load import contents
+from kinema.runs.trained import named_trainables
+from kinema.training.checkpoint import Checkpointer
+from kinema.training.state import load_training_state, training_state
 
 
 def network() -> nn.Module:

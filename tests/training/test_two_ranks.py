@@ -9,6 +9,7 @@ from runs import final_state, finish, make_world, metrics, start_training, write
     [
         pytest.param("", id="replicated"),
         pytest.param("\n[parallel]\ndp_shard = 2\n", id="sharded", marks=pytest.mark.slow),
+        pytest.param("\n[parallel]\nsp = 2\n", id="sequence", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_are_one_process(tmp_path, parallel):

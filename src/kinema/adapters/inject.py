@@ -128,9 +128,15 @@ def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's weights by their diffusers names: ``x.lora_A.default.weight`` is ``x.lora_A.weight``."""
     found = {}
     for name, parameter in network.named_parameters():
-        if match := _IN_PEFT.search(name):
-            found[f"{name[: match.start()]}.{''.join(group or '' for group in match.groups())}"] = parameter
+        if ours := diffusers_name(name):
+            found[ours] = parameter
     return found
+
+
+def diffusers_name(name: str) -> str | None:
+    """diffusers' name of an adapter's parameter by that of the network; None for other parameters."""
+    match = _IN_PEFT.search(name)
+    return f"{name[: match.start()]}.{''.join(group or '' for group in match.groups())}" if match else None
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:

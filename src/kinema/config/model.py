@@ -21,7 +21,8 @@ from kinema.config.section import (
 
 class PartConfig(Section):
     path: PathOrHub | None = None
-    """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, or a single file."""
+    """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, a single file, or a run or an
+    export of kinema's that trained it whole (of a run what is newest, averaged where it keeps an average)."""
     dtype: Storage | None = None
     """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`. `fp8`, for
     parts that do not train (an adapter's base is one): linear layers are stored in float8 and used in the type of
@@ -74,8 +75,12 @@ class ModelConfig(Section):
     conditions: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Which frames of a clip are given in training, in families whose network is told them, by weights such as
     `{ t2v = 1, i2v_head = 5, i2v_loop = 1, i2v_tail = 1 }`, drawn for each sample: none (`t2v`), the first, the last or
-    both (`i2v_head`, `i2v_tail`, `i2v_loop`), the first or last 33 (`v2v_head`, `v2v_tail`) or 65 (`v2v_head_easy`,
-    `v2v_tail_easy`). Default: the family's, which is none where the network cannot be told any."""
+    both (`i2v_head`, `i2v_tail`, `i2v_loop`), the first or last 33 (`v2v_head`, `v2v_tail`), 65 (`v2v_head_easy`,
+    `v2v_tail_easy`) or any number of frames (`v2v_head_9`, `v2v_tail_9`). Default: the family's, which is none where
+    the network cannot be told any."""
+    cond_embed: bool | None = None
+    """Whether the network has the layer that tells it of given frames, in families where it may be left out. `true`
+    adds one that changes nothing yet to weights without it, `false` leaves it out. Default: as the weights have it."""
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale that networks with a guidance embedding are told in training. Default: the family's, which is 1
     unless its authors train with another."""

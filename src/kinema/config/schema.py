@@ -280,6 +280,38 @@ class ParallelConfig(Section):
     """Copies of the network that share the batch."""
     dp_shard: int = Field(default=1, gt=0)
     """Devices over which each copy's parameters, gradients and optimiser state are sharded (FSDP2)."""
+    sp: int = Field(default=1, gt=0)
+    """Devices that share the sequence of each sample (Ulysses): activations per device shrink by as much."""
+    tp: int = Field(default=1, gt=0)
+    """Devices that share each matrix of the blocks (tensor parallel)."""
+    pp: int = Field(default=1, gt=0)
+    """Devices of the pipeline: each holds some of the blocks, and micro-batches go from one to the next."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero_bubble"] = "1f1b"
+    """In which order the pipeline's devices work."""
+    stages_per_rank: int = Field(default=1, gt=0)
+    """Stages that each device of an `interleaved` pipeline holds, at least 2."""
+    partition: str = Field(default="parameters", examples=["parameters", "uniform", "regex:single_transformer"])
+    """What the pipeline's stages have alike: `parameters`, blocks (`uniform`), or blocks whose name an expression finds
+    (`regex:...`)."""
+    split: tuple[Count, ...] = ()
+    """How many blocks each stage of the pipeline has, in their order; instead of `partition`."""
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """A process that does not go on for so long ends the run, with its name and where it stands. Default: five times
+    the slowest step so far, at least 45; half an hour before the first step is done."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> ParallelConfig:
+        if self.pp > 1 and (self.schedule == "interleaved") != (self.stages_per_rank > 1):
+            given = "interleaved needs 2 or more" if self.stages_per_rank == 1 else 'above 1, schedule = "interleaved"'
+            raise refuse("stages_per_rank", f'{self.stages_per_rank} with schedule = "{self.schedule}": {given}')
+        if self.partition not in ("parameters", "uniform") and not self.partition.startswith("regex:"):
+            raise refuse("partition", f'"{self.partition}" is none of "parameters", "uniform", "regex:..."')
+        return refuse_unread(self)
+
+    def unread(self) -> dict[str, str]:
+        pipeline = ("schedule", "stages_per_rank", "partition", "split") if self.pp == 1 else ()
+        unread = dict.fromkeys(pipeline, "pp = 1 is no pipeline")
+        return unread | ({"partition": "split stands in its place"} if self.split and self.pp > 1 else {})
 
 
 class MonitoringConfig(Section):

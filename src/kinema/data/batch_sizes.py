@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .buckets import Bucket
+from .lengths import ClipLengths
 
 if TYPE_CHECKING:
     from kinema.config.data import SourceConfig
@@ -32,7 +33,7 @@ def batch_sizes(
     buckets: Sequence[Bucket],
     *,
     grid: int,
-    stride: int,
+    lengths: ClipLengths,
     ranks: int,
     table: Callable[[Bucket], int | None] = lambda bucket: None,
     found: Mapping[str, int] | None = None,
@@ -48,7 +49,7 @@ def batch_sizes(
     for bucket in buckets:
         device = table(bucket) or (found or {}).get(str(bucket))
         if device is None and training.token_budget is not None:
-            device = max(1, training.token_budget // tokens_of(bucket, grid, stride))
+            device = max(1, training.token_budget // tokens_of(bucket, grid, lengths))
         size = (recorded or {}).get(str(bucket)) or by_hand(training.batch_sizes, bucket)
         if size is None and device is None and training.batch_size != "auto":
             size = BatchSize(training.batch_size)
@@ -87,9 +88,9 @@ def _holds(rule: BatchSizeConfig, bucket: Bucket, side: float) -> bool:
     return near and rule.frames in (None, bucket.frames)
 
 
-def tokens_of(bucket: Bucket, grid: int, stride: int) -> int:
-    """Tokens of latents that a sample of the bucket has, for a model of that grid and stride of frames."""
-    return ((bucket.frames - 1) // stride + 1) * (bucket.height // grid) * (bucket.width // grid)
+def tokens_of(bucket: Bucket, grid: int, lengths: ClipLengths) -> int:
+    """Tokens of latents that a sample of the bucket has, for a model of that grid and those lengths."""
+    return lengths.latents(bucket.frames) * (bucket.height // grid) * (bucket.width // grid)
 
 
 def sizes_of_tables(sources: Iterable[SourceConfig], grid: int) -> Callable[[Bucket], int | None]:

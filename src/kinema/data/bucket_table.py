@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from kinema.errors import UserError
 
 from .buckets import Bucket, check_frames, check_resolution
+from .lengths import ClipLengths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,10 +58,10 @@ class Level:
     """height / width by which each shape is chosen: that of its name, not that of its rounded size."""
 
 
-def table_levels(config: BucketConfig, grid: int, stride: int) -> tuple[Level, ...]:
+def table_levels(config: BucketConfig, grid: int, allowed: ClipLengths) -> tuple[Level, ...]:
     """The resolutions of ``config.table``, the highest first, with their shapes on a grid.
 
-    Raises UserError for what no model of that grid and stride takes.
+    Raises UserError for what no model of that grid and those lengths takes.
     """
     assert config.table is not None
     if config.clip == "full":
@@ -73,7 +74,7 @@ def table_levels(config: BucketConfig, grid: int, stride: int) -> tuple[Level, .
         check_resolution(side, grid, key)
         lengths: dict[int, Length] = {}
         for frames, (chance, batch_size) in sorted(((int(n), entry) for n, entry in entries.items()), reverse=True):
-            check_frames(frames, stride, key)
+            check_frames(frames, allowed, key)
             if frames in lengths:
                 raise UserError(f"{key}: length {frames} is given twice")
             taken, shorter = chance if isinstance(chance, tuple) else (chance, None)
@@ -113,7 +114,7 @@ def table_batch_size(config: BucketConfig, bucket: Bucket, grid: int) -> int | N
         return None
     found = [
         level.lengths[bucket.frames].batch_size
-        for level in table_levels(config, grid, 1)
+        for level in table_levels(config, grid, ClipLengths(1))
         if bucket.frames in level.lengths and (bucket.height, bucket.width) in level.sizes
     ]
     return min(found, default=None)

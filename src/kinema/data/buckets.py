@@ -1,8 +1,7 @@
 """Buckets: the (frames, height, width) that a batch shares, and which stretch of a file fills one.
 
 Aspect ratios are width / height. A resolution r stands for an area of r x r pixels, kept for every aspect
-ratio; sides are rounded to the family's grid. Frame counts are stride * k + 1, as video autoencoders want
-them.
+ratio; sides are rounded to the family's grid. Frame counts are those that its autoencoder takes (`ClipLengths`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kinema.errors import UserError
+
+from .lengths import ClipLengths
 
 if TYPE_CHECKING:
     from kinema.config.data import BucketConfig
@@ -55,26 +56,25 @@ class BucketGroup:
     buckets: tuple[Bucket, ...]
 
 
-def bucket_groups(config: BucketConfig, grid: int, stride: int) -> tuple[BucketGroup, ...]:
+def bucket_groups(config: BucketConfig, grid: int, allowed: ClipLengths) -> tuple[BucketGroup, ...]:
     """The buckets of a configuration: a group for each resolution, or a single one of explicit sizes or of
     Open-Sora's table.
 
-    ``grid`` is what both sides must be multiples of (spatial compression x patch), ``stride`` what frame
-    counts are one more than a multiple of (temporal compression). With ``clip = "full"`` the lengths are all
-    that the stride allows from the shortest to the longest of the configuration. With ``upscale = false`` records
+    ``grid`` is what both sides must be multiples of (spatial compression x patch). With ``clip = "full"`` the lengths
+    are all ``allowed`` ones from the shortest to the longest of the configuration. With ``upscale = false`` records
     may get buckets of their own size, which are not among these.
 
-    Raises UserError, naming the key and the nearest valid values, for what no model of that grid takes.
+    Raises UserError, naming the key and the nearest valid values, for what no such model takes.
     """
     if config.table is not None:
         from .bucket_table import table_levels
 
-        levels = table_levels(config, grid, stride)
+        levels = table_levels(config, grid, allowed)
         all_of_them = (Bucket(f, h, w) for level in levels for f in level.lengths for h, w in level.sizes)
         return (BucketGroup("table", tuple(dict.fromkeys(all_of_them))),)
     if config.sizes is not None:
-        return (BucketGroup("sizes", _explicit(config, grid, stride)),)
-    lengths = _lengths(config.frames, config, stride, "frames")
+        return (BucketGroup("sizes", _explicit(config, grid, allowed)),)
+    lengths = _lengths(config.frames, config, allowed, "frames")
     ratios = aspect_ratios(config)
     groups = []
     for resolution in config.resolutions:
@@ -85,13 +85,11 @@ def bucket_groups(config: BucketConfig, grid: int, stride: int) -> tuple[BucketG
     return tuple(groups)
 
 
-def check_frames(count: int, stride: int, key: str = "data.buckets.frames") -> None:
-    """Raise UserError, naming the nearest valid counts, unless count = stride * k + 1."""
-    if count >= 1 and (count - 1) % stride == 0:
-        return
-    below = max(1, (count - 1) // stride * stride + 1)
-    nearest = f"{below}" if below >= count else f"{below} or {below + stride}"
-    raise UserError(f"{key}: {count} frames do not fit this model, which takes {stride} * k + 1; nearest: {nearest}")
+def check_frames(count: int, allowed: ClipLengths, key: str = "data.buckets.frames") -> None:
+    """Raise UserError, naming the nearest valid counts, unless a clip may have so many frames."""
+    if count not in allowed:
+        nearest = " or ".join(map(str, allowed.nearest(count)))
+        raise UserError(f"{key}: {count} frames do not fit this model, which takes {allowed}; nearest: {nearest}")
 
 
 def check_resolution(side: int, grid: int, key: str) -> None:
@@ -117,7 +115,7 @@ def aspect_ratios(config: BucketConfig) -> list[float]:
     return [low * math.exp(step * i) for i in range(count)]
 
 
-def _explicit(config: BucketConfig, grid: int, stride: int) -> tuple[Bucket, ...]:
+def _explicit(config: BucketConfig, grid: int, allowed: ClipLengths) -> tuple[Bucket, ...]:
     assert config.sizes is not None
     buckets: list[Bucket] = []
     for size in config.sizes:
@@ -131,7 +129,7 @@ def _explicit(config: BucketConfig, grid: int, stride: int) -> tuple[Bucket, ...
                     f"nearest: {nearest}"
                 )
         key, lengths = ("sizes", (size[2],)) if len(size) == 3 else ("frames", config.frames)
-        buckets += [Bucket(frames, height, width) for frames in _lengths(lengths, config, stride, key)]
+        buckets += [Bucket(frames, height, width) for frames in _lengths(lengths, config, allowed, key)]
     if config.clip == "full":  # several triples of a shape: every length between them
         shapes: dict[tuple[int, int], list[int]] = {}
         for bucket in buckets:
@@ -139,12 +137,12 @@ def _explicit(config: BucketConfig, grid: int, stride: int) -> tuple[Bucket, ...
         buckets = [
             Bucket(frames, height, width)
             for (height, width), found in shapes.items()
-            for frames in range(min(found), max(found) + 1, stride)
+            for frames in allowed.between(min(found), max(found))
         ]
     return tuple(dict.fromkeys(buckets))
 
 
-def _lengths(frames: Sequence[int], config: BucketConfig, stride: int, key: str) -> Sequence[int]:
+def _lengths(frames: Sequence[int], config: BucketConfig, allowed: ClipLengths, key: str) -> Sequence[int]:
     for count in frames:
-        check_frames(count, stride, f"data.buckets.{key}")
-    return range(min(frames), max(frames) + 1, stride) if config.clip == "full" else frames
+        check_frames(count, allowed, f"data.buckets.{key}")
+    return allowed.between(min(frames), max(frames)) if config.clip == "full" else frames

@@ -13,6 +13,7 @@ from kinema.errors import UserError
 from .batch import Encoding, Sample
 from .cache import entry_key
 from .items import Item
+from .lengths import ClipLengths
 from .transform import Transform
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Encoder(Protocol):
     @property
     def grid(self) -> int: ...
     @property
-    def frame_stride(self) -> int: ...
+    def lengths(self) -> ClipLengths: ...
     @property
     def text_encoders(self) -> tuple[str, ...]: ...
     def encodings(self) -> tuple[Encoding, ...]: ...

@@ -12,6 +12,7 @@ from kinema.errors import UserError
 from .buckets import Clip
 from .facts import EXAMINED, PROBED, FactStore, info_to_text, looked_from_text, looked_to_text
 from .files import absolute
+from .lengths import ClipLengths
 from .masks import check_mask, is_black
 from .media import check_clip, memo_key, probe
 from .records import LeftOut, MediaError, MediaInfo, Record, left_out_for
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from kinema.config.data import BucketConfig
 
 How = Literal["clips", "headers"]
-Settings = tuple["BucketConfig", int, int, How, int, int, bool]
-"""The arguments of `look` after the record: buckets, grid, stride, how, row, seed, online."""
+Settings = tuple["BucketConfig", int, ClipLengths, How, int, int, bool]
+"""The arguments of `look` after the record: buckets, grid, lengths, how, row, seed, online."""
 DAMAGED = "damaged"
 """How a note begins which says that a file is used up to where it is damaged."""
 
@@ -50,7 +51,7 @@ class _Use:
 
 
 def look(
-    record: Record, buckets: BucketConfig, grid: int, stride: int, how: How, row: int, seed: int, online: bool
+    record: Record, buckets: BucketConfig, grid: int, lengths: ClipLengths, how: How, row: int, seed: int, online: bool
 ) -> Looked:
     """Look into the media, the control pictures and the mask of the record in ``row`` of its source.
 
@@ -65,7 +66,7 @@ def look(
             info = probe(record.path)
             notes = (*_inside(record, info), *_controls(record, False), *_mask(record, info, ()))
             return Looked(info, (*info.notes, *notes), version=version)
-        settings = (buckets, grid, stride, row, seed, online)
+        settings = (buckets, grid, lengths, row, seed, online)
         info, uses, notes = _used(record, settings, decode=False)
         try:
             _check(record, uses, info)
@@ -90,7 +91,7 @@ def look(
 
 
 def _used(
-    record: Record, settings: tuple[BucketConfig, int, int, int, int, bool], decode: bool
+    record: Record, settings: tuple[BucketConfig, int, ClipLengths, int, int, bool], decode: bool
 ) -> tuple[MediaInfo, list[_Use], tuple[str, ...]]:
     """What the media holds, which clips of it will be used, and notes."""
     import numpy as np
@@ -98,11 +99,11 @@ def _used(
     from .placement import place
     from .sources.base import columns_of
 
-    buckets, grid, stride, row, seed, online = settings
+    buckets, grid, lengths, row, seed, online = settings
     info = probe(record.path, decode)
     notes = _inside(record, info)
     columns = columns_of([info], [record])
-    placed = place(columns, np.array([row], np.uint32), buckets, grid, stride, seed=seed, online=online)
+    placed = place(columns, np.array([row], np.uint32), buckets, grid, lengths, seed=seed, online=online)
     uses = [
         _Use(Clip(int(start), int(frames) + int(spare), float(fps)), int(height), int(width))
         for start, frames, spare, fps, height, width in zip(
@@ -228,9 +229,10 @@ def _version(record: Record, trust: bool) -> str | None:
 
 def _fact(record: Record, version: str, settings: Settings) -> str:
     """The name under which what `look` found is kept: all that it depends on, hashed, for there may be millions."""
-    buckets, grid, stride, how, row, seed, online = settings
+    buckets, grid, lengths, how, row, seed, online = settings
     asked: tuple[object, ...] = (how, record.cut, record.crop, len(record.controls), record.mask is None)
     if how == "clips":
         drawn = (row, seed) if buckets.clip == "random" or buckets.table is not None else ()
-        asked += (buckets.model_dump_json(), grid, stride, online, drawn)
+        asked += (buckets.model_dump_json(), grid, lengths.stride, online, drawn)
+        asked += (lengths.first,) if lengths.first > 1 else ()
     return f"{EXAMINED} {hashlib.blake2b(repr((asked, version)).encode(), digest_size=16).hexdigest()}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .records import MediaInfo
-from .segments import write_all
+from .segments import TEMPORARY, write_all
 from .writer import FULL
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class FactStore(MutableMapping[str, str]):
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
+        self._lock = threading.Lock()  # several threads examine files
+        self._begin()
+
+    def _begin(self) -> None:
         self._places: dict[int, int] = {}  # by a hash of the key
         self._unwritten: dict[str, str] = {}
         self._numbers: dict[str, int] = {}  # of files, by name
@@ -51,7 +55,6 @@ class FactStore(MutableMapping[str, str]):
         self._own = -1
         self._descriptor = -1
         self._readers: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()  # several threads examine files
         self.refresh()
 
     def refresh(self) -> None:
@@ -158,6 +161,36 @@ class FactStore(MutableMapping[str, str]):
         self._readers[number] = os.open(self.directory / self._names[number], os.O_RDONLY)
         return self._readers[number]
 
+    def compact(self) -> int:
+        """Put all facts into one file, without those of other versions; how many files fewer there are.
+
+        Each process that found something left a file, which every start reads. What another process adds to one
+        meanwhile is lost, as facts may be; where the disk is full all stays as it is.
+        """
+        self.close()
+        self.refresh()
+        old = [path for path in map(self.directory.joinpath, self._names) if path.exists()]
+        if len(old) < 2:
+            return 0
+        name = secrets.token_hex(6)
+        new, unfinished = self.directory / f"{name}.facts", self.directory / f"{name}-0000{TEMPORARY}"
+        try:
+            with unfinished.open("wb") as file:
+                for place in sorted(self._places.values()):
+                    if (found := self._read(place)) is not None and _of_this_version(found[0]):
+                        file.write(json.dumps(found).encode() + b"\n")
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno not in FULL:
+                raise
+            return 0
+        unfinished.replace(new)
+        for path in old:
+            path.unlink(missing_ok=True)
+        self.close()
+        self._begin()
+        return len(old) - 1
+
     def _finish(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -176,6 +209,12 @@ def _changed(path: Path) -> tuple[int, str]:
         return path.stat().st_mtime_ns, path.name
     except FileNotFoundError:
         return 0, path.name
+
+
+def _of_this_version(key: str) -> bool:
+    """False for what was found by an examination or a probe that would give something else today."""
+    kind = key.partition(" ")[0]
+    return key.startswith((EXAMINED, PROBED)) or kind not in {one.partition(" ")[0] for one in (EXAMINED, PROBED)}
 
 
 def _encoded(key: str) -> bytes:

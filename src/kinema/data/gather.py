@@ -184,7 +184,7 @@ def gather(
     import numpy as np
 
     for settings in sources:  # a mistake in the buckets shows before hours of looking at files
-        bucket_groups(settings.buckets or BucketConfig(), encoder.grid, encoder.frame_stride)
+        bucket_groups(settings.buckets or BucketConfig(), encoder.grid, encoder.lengths)
     result = Gathered(Items.none(), [])
     for number, settings in enumerate(sources):
         source = _open(settings, number, ranks, facts.directory)
@@ -192,7 +192,7 @@ def gather(
         rows = np.flatnonzero(columns.known).astype(np.uint32)
         seed = config.run.seed
         placement = place(
-            columns.take(rows), rows, settings.buckets or BucketConfig(), encoder.grid, encoder.frame_stride,
+            columns.take(rows), rows, settings.buckets or BucketConfig(), encoder.grid, encoder.lengths,
             seed=seed, online=online,
         )  # fmt: skip
         damage = {row: note for row, looked in found.items() for note in looked.notes if note.startswith(DAMAGED)}
@@ -248,7 +248,7 @@ def _examined(
     def examine() -> dict[int, Looked]:
         def one(row: int) -> Looked:
             record = source.record(row)
-            place_settings = (buckets, encoder.grid, encoder.frame_stride, how, row, config.run.seed, online)
+            place_settings = (buckets, encoder.grid, encoder.lengths, how, row, config.run.seed, online)
             found = None if trust and fresh else recall(record, facts, place_settings, trust=trust)
             if found is None:
                 found = look(record, *place_settings)

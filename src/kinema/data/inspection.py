@@ -176,7 +176,7 @@ def _batch_sizes(config: Config, items: Items, encoder: Encoder, ranks: int) -> 
     if left_to_trials(config.training, items.buckets, table):
         return None
     sizes = batch_sizes(
-        config.training, items.buckets, grid=encoder.grid, stride=encoder.frame_stride, ranks=ranks, table=table
+        config.training, items.buckets, grid=encoder.grid, lengths=encoder.lengths, ranks=ranks, table=table
     )
     return [size.total for size in sizes]
 

@@ -30,6 +30,7 @@ from .choice import (
     look,
 )
 from .clips import take_clips
+from .lengths import ClipLengths
 
 if TYPE_CHECKING:
     from kinema.config.data import BucketConfig
@@ -101,7 +102,7 @@ def place(
     rows: np.ndarray,
     config: BucketConfig,
     grid: int,
-    stride: int,
+    lengths: ClipLengths,
     *,
     seed: int,
     online: bool,
@@ -109,16 +110,16 @@ def place(
     """Place N records in buckets and choose their clips.
 
     ``rows``: uint32 [N], the records' numbers in their source, by which random choices are made. ``grid`` and
-    ``stride`` as in `bucket_groups`, whose errors are raised. ``online``: clips are encoded when they are used, so
+    ``lengths`` as in `bucket_groups`, whose errors are raised. ``online``: clips are encoded when they are used, so
     that random ones can be drawn anew.
     """
     assert len(rows) == len(columns)
     numbers = Numbers()
-    groups = bucket_groups(config, grid, stride)
+    groups = bucket_groups(config, grid, lengths)
     assert len(groups) < 256
     longer = any(bucket.frames > 1 for group in groups for bucket in group.buckets)
     if config.table is not None:
-        chooser: FromTable | ByShape = FromTable(table_levels(config, grid, stride), numbers, seed)
+        chooser: FromTable | ByShape = FromTable(table_levels(config, grid, lengths), numbers, seed)
     else:
         chooser = ByShape([Shapes.of(group, numbers) for group in groups], numbers, 0 if config.upscale else grid)
     parts: list[list[np.ndarray]] = [[] for _ in range(8)]

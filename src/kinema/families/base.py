@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from kinema.config.model import PartConfig
 from kinema.config.schema import Config, ModelConfig
 from kinema.data.batch import Batch, Encoding, Sample
+from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.layout import Layout
+from kinema.families.steering import Cut, Steering, check_usual, usual_cuts, usual_overlap
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +63,8 @@ class Variant:
     conditions: tuple[Condition, ...] = ("text",)
     grid: int = 16
     """Height and width of a bucket are multiples of this (autoencoder compression times patch)."""
-    frame_stride: int = 4
-    """Clip lengths are ``frame_stride * k + 1``."""
+    lengths: ClipLengths = CAUSAL
+    """How many frames its clips may have."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns that make one token."""
     shift: float | Literal["resolution"] = 1.0
@@ -201,9 +203,9 @@ class Family(ABC):
         return self.variant.grid
 
     @property
-    def frame_stride(self) -> int:
-        """Clip lengths are ``frame_stride * k + 1``."""
-        return self.variant.frame_stride
+    def lengths(self) -> ClipLengths:
+        """How many frames a clip may have."""
+        return self.variant.lengths
 
     @property
     def from_image(self) -> bool:
@@ -325,7 +327,8 @@ class Family(ABC):
 
     def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
         """Arguments of the pipeline's call for what is called differently from pipeline to pipeline: guidance, the
-        pictures (PIL, at the sample's size) that a sample starts from or edits, the length of the text."""
+        pictures that a sample starts from or edits (PIL at its size, or uint8 [T, H, W, 3] where ``reference_cuts``
+        asks for several frames), the length of the text."""
         arguments: dict[str, Any] = {self.guidance_argument: guidance}
         if pictures:
             arguments["image"] = pictures[0] if len(pictures) == 1 else list(pictures)
@@ -334,6 +337,27 @@ class Family(ABC):
         if text_length is not None:
             arguments["max_sequence_length"] = text_length
         return arguments
+
+    low_guidance: ClassVar[float | None] = None
+    """The scale of the pipeline in the low steps of an oscillation; None where it reads its scale once, before the
+    first step."""
+
+    def check_steering(self, asked: Steering, frames: int, guidance: float, references: Sequence[int]) -> None:
+        """UserError for what a sample of ``frames`` cannot be told, before anything is loaded. ``references``: how many
+        frames each of them has, 1 of a picture."""
+        check_usual(self, asked, guidance)
+
+    def reference_cuts(self, condition: str | None, references: int) -> tuple[Cut, ...]:
+        """What is read of the references of a sample, for ``sampling_arguments`` in this order."""
+        return usual_cuts(references)
+
+    def stretch_overlap(self, frames: int, overlap: int | None) -> int:
+        """Frames that a further stretch of ``frames`` is told of the video before it; UserError where it cannot be."""
+        return usual_overlap(self.variant, overlap)
+
+    def steering_arguments(self, asked: Steering) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        return {}
 
     def layout(self, part: str = "network") -> Layout:
         """The original layout of a part's weights; UserError where the family knows none."""

@@ -9,7 +9,7 @@ from kinema.errors import ConfigError
 from kinema.families.base import Variant
 from kinema.suggest import did_you_mean
 
-OPTIONS = ("bypass_guidance", "conditions", "first_frame_p", "guidance")
+OPTIONS = ("bypass_guidance", "cond_embed", "conditions", "first_frame_p", "guidance")
 """Keys of ``[model]`` that only some families read: their `Family.options` name them."""
 
 
@@ -47,7 +47,7 @@ def check_controls(config: Config, variant: Variant) -> None:
 
 def check_sizes(config: Config, variant: Variant) -> None:
     """ConfigError for clip lengths, sizes and preview pictures that the variant cannot take."""
-    preview, stride, grid = config.preview, variant.frame_stride, variant.grid
+    preview, grid = config.preview, variant.grid
     settings = config.bucket_settings
     given = {key for one in settings for key in one.model_fields_set} | preview.model_fields_set
     lengths = [("data.buckets.frames", n) for one in settings for n in one.lengths]
@@ -57,11 +57,10 @@ def check_sizes(config: Config, variant: Variant) -> None:
             if frames != 1 and given & {"frames", "table"}:
                 raise ConfigError(f"{key}: {variant.name} makes pictures, which have 1 frame, not {frames}.")
             continue
-        if frames % stride != 1 % stride:
-            below = (frames - 1) // stride * stride + 1
+        if frames not in variant.lengths:
             raise ConfigError(
-                f"{key}: {frames} frames do not fit the autoencoder, which takes {stride} k + 1; the nearest are "
-                f"{below} and {below + stride}."
+                f"{key}: {frames} frames do not fit the autoencoder, which takes {variant.lengths}; the nearest are "
+                f"{' and '.join(map(str, variant.lengths.nearest(frames)))}."
             )
         if "first_frame" in variant.conditions and frames == 1:
             raise ConfigError(f"{key}: image-to-video needs clips, and 1 frame is a picture; leave 1 out.")

@@ -67,6 +67,7 @@ class CosmosFamily(StandardFamily):
 
     block_lists = ("transformer_blocks",)
     options = ("first_frame_p",)
+    low_guidance = 1.0  # the pipelines ask for each branch by itself, and for one where the scale is 1
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.data.batch import Sample
+from kinema.data.lengths import ClipLengths
 from kinema.errors import ConfigError
 from kinema.families.base import NoisePath, SamplingDefaults, Variant
 from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
@@ -58,7 +59,7 @@ def _variant(name: str, parameters: int, hub: str) -> Variant:
         _VIDEO,
         pipeline="CosmosVideoToWorldPipeline" if from_image else "CosmosTextToWorldPipeline",
         conditions=("text", "first_frame") if from_image else ("text",),
-        frame_stride=8,
+        lengths=ClipLengths(8),
         shift=LATENT_FRAMES**0.5,
         gated=True,
         sampling_needs="cosmos_guardrail",
@@ -118,7 +119,7 @@ class Cosmos1(CosmosFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        longest = self.frame_stride * (LATENT_FRAMES - 1) + 1
+        longest = self.lengths.stride * (LATENT_FRAMES - 1) + 1
         asked = max(length for buckets in config.bucket_settings for length in buckets.lengths)
         lengths = {"data.buckets.frames": asked, "preview.frames": config.preview.frames or 1}
         for key, frames in lengths.items():

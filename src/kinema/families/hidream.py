@@ -37,6 +37,7 @@ from kinema.families.parts import (
     T5_XXL,
 )
 from kinema.families.standard import StandardFamily
+from kinema.families.steering import ABOVE_ONE
 from kinema.families.text import quietly, warn_if_cut
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class HiDream(StandardFamily):
     """HiDream-I1 full, and its distilled variants dev and fast."""
 
     name = "hidream"
+    low_guidance = ABOVE_ONE
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK

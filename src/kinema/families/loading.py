@@ -10,13 +10,14 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.model import PartConfig
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
+from kinema.families.from_runs import checkpoint_files, is_trained, read_checkpoint, trained_part
 from kinema.families.tensors import (
     SUFFIXES,
     is_inside,
@@ -74,6 +75,10 @@ class Found:
     """Its configuration file, where there is one."""
     hub: str | None = None
     """``owner/name@commit`` when it came from the hub."""
+    model: ModelConfig | None = None
+    """The configuration of the run that trained it, where it is from one: it says what the files themselves do not."""
+    in_checkpoint: str | None = None
+    """The part's name in the checkpoint of a run that the place is."""
 
 
 def part_config(config: ModelConfig, part: str) -> PartConfig:
@@ -99,6 +104,8 @@ def find(config: ModelConfig, part: str, spec: PartSpec, *, weights: bool = True
         root, hub = _open(own, config.revision, spec, key, weights)
         if root.is_file():
             return Found(key, root, (root,) if spec.model else _small_files(root.parent))
+        if spec.model and is_trained(root):
+            return _of_run(root, config, part, spec, key)
         found = _in_root(root, spec, key, hub, weights) or _in_folder(root, spec, key, hub, weights)
         if found is None and hub:  # a repository of this part alone
             root, hub = _open(own, config.revision, spec, key, weights, alone=True)
@@ -124,6 +131,18 @@ def find(config: ModelConfig, part: str, spec: PartSpec, *, weights: bool = True
     if root.is_file():
         return Found("model.path", root, (root,)) if part == "network" or is_inside(root, spec.inside) else None
     return _in_root(root, spec, "model.path", hub, weights)
+
+
+def _of_run(root: Path, config: ModelConfig, part: str, spec: PartSpec, key: str) -> Found:
+    """The part that a run or an export trained."""
+    place, model = trained_part(root, part, config.family, key)
+    if place.is_file():
+        return Found(key, place, (place,), model=model)
+    if (place / "meta.json").is_file():
+        return Found(key, place, checkpoint_files(place), model=model, in_checkpoint=part)
+    found = _in_folder(place, spec, key, None, True)
+    assert found is not None, f"an export is complete: {place}"
+    return replace(found, model=model)
 
 
 def _in_root(root: Path, spec: PartSpec, key: str, hub: str | None, weights: bool) -> Found | None:
@@ -275,7 +294,10 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
 
     assert source.found is not None
     module = build(source.spec, source.config, empty=True)
-    in_files = read_tensors(source.found.files, source.spec.inside)
+    if source.found.in_checkpoint:
+        in_files = read_checkpoint(source.found.place, source.found.in_checkpoint)
+    else:
+        in_files = read_tensors(source.found.files, source.spec.inside)
     tensors = source.spec.to_ours(undo_fp8_scaling(in_files, dtype or torch.bfloat16))
     tied = _tied(module)
     wanted = {key: value for key, value in module.state_dict().items() if key not in tied}

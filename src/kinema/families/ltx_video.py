@@ -22,6 +22,7 @@ from kinema.families.latents import LATENTS
 from kinema.families.loading import Found, read_json
 from kinema.families.ltx_video_parts import NETWORK, OF_091, OF_095, PARTS, VARIANTS
 from kinema.families.standard import StandardFamily
+from kinema.families.steering import ABOVE_ONE
 from kinema.families.tensors import is_inside, tensor_shapes
 from kinema.families.text import padded, warn_if_cut
 from kinema.randomness import generator
@@ -41,6 +42,7 @@ class LTXVideo(StandardFamily):
     """The LTX-Video models up to 0.9.7."""
 
     name = "ltx_video"
+    low_guidance = ABOVE_ONE
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kinema.data.lengths import ClipLengths
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.layout import Layout
 from kinema.families.loading import PartSpec
@@ -130,7 +131,7 @@ def _variants(version: str, parameters: int, hub: str, sampling: SamplingDefault
             pipeline="LTXConditionPipeline" if new else plain,
             conditions=("text",) if kind == "t2v" else ("text", "first_frame"),
             grid=32,
-            frame_stride=8,
+            lengths=ClipLengths(8),
             patch=(1, 1, 1),
             shift="resolution",
         )

@@ -9,7 +9,7 @@ frames, given or not, as its authors train it: when it samples, it sees noisy on
 Times are shifted by the tokens of one latent frame and the root of the number of latent frames. The authors count
 H W / 4 tokens in training whatever the patch, and the true number in sampling; here it is the true one in both.
 
-Clips have 4 k + 1 frames. For the DC-AE, which is not causal, the last frame is repeated up to 4 k + 4.
+Clips have 4 k + 1 frames. The DC-AE is not causal: with it they have 8, 12, 16... (or 1; 4 would come back as one).
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import FrameShift, NoisePath, Parts, Prepared
 from kinema.families.latents import LATENTS, encode_pixels, pixels_of
-from kinema.families.loading import Found, PartSpec
+from kinema.families.loading import Found, PartSpec, find, is_hub_id, read_json
 from kinema.families.open_sora_conditions import (
-    CONDITIONS,
     NOTHING,
     SHIPPED,
     End,
     check_weights,
     choose,
     ends,
+    given_of,
     latents_of,
     possible,
 )
-from kinema.families.open_sora_parts import DC_AE, NETWORK, PARTS, VARIANTS
+from kinema.families.open_sora_parts import DC_AE, NETWORK, PARTS, VARIANTS, told_of_frames
+from kinema.families.open_sora_request import Abilities, check_asked, cuts_of, overlap_of
 from kinema.families.standard import StandardFamily
+from kinema.families.steering import Cut, Steering
 from kinema.families.tensors import looks_like, tensor_shapes
 from kinema.families.text import warn_if_cut
+from kinema.families.wan_parts import PARTS as WAN
 from kinema.randomness import generator
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class OpenSora(StandardFamily):
     network_layout = NETWORK
     block_lists = ("double_blocks", "single_blocks")
     encoding_version = "open-sora-1"
-    options = ("conditions", "guidance")
+    options = ("cond_embed", "conditions", "guidance")
     resolution_shift = FrameShift()
 
     @property
@@ -71,7 +74,29 @@ class OpenSora(StandardFamily):
         return NoisePath(sigma_min=SIGMA_MIN)
 
     def spec(self, part: str) -> PartSpec:
-        return DC_AE if part == "autoencoder" and not self.causal else super().spec(part)
+        if part == "autoencoder" and not self.causal:
+            return DC_AE
+        own = super().spec(part)
+        if part == "autoencoder" and self._autoencoder_class == "AutoencoderKLWan":
+            return WAN["autoencoder"]
+        if part == "network" and self.config.cond_embed is not None:
+            return told_of_frames(own, self.config.cond_embed, lambda: self.variant.patch[1])
+        return own
+
+    @cached_property
+    def _autoencoder_class(self) -> str:
+        """What the model's files call their autoencoder. A network that is trained from nothing may stand on either of
+        the causal ones that are 4 x 8 x 8: HunyuanVideo's, as the published one, or Wan's."""
+        if is_hub_id(self.config.autoencoder.path or self.config.path):
+            return ""
+        found = find(self.config, "autoencoder", super().spec("autoencoder"), weights=False)
+        described = read_json(found.config) if found is not None and found.config is not None else {}
+        return described.get("_class_name", "")
+
+    def configured(self, part: str, described: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part == "network" and self.config.cond_embed is not None:
+            return {**described, "cond_embed": self.config.cond_embed}
+        return described
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
         if described:
@@ -111,7 +136,7 @@ class OpenSora(StandardFamily):
     @property
     def references(self) -> tuple[End, ...]:
         """What has to be encoded by itself for the conditions that training draws from."""
-        wanted = [CONDITIONS[name] for name, weight in self.conditions.items() if weight > 0]
+        wanted = [given_of(name, self.causal) for name, weight in self.conditions.items() if weight > 0]
         return tuple(dict.fromkeys(end for given in wanted for end in ends(given, self.causal)))
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -119,7 +144,7 @@ class OpenSora(StandardFamily):
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         loaded = super().load(part, device, dtype)
         if part == "autoencoder":
-            if self.causal:  # tiles in space alone, as the authors use it: whole clips in time
+            if hasattr(loaded, "use_framewise_encoding"):  # tiles in space alone, as the authors do: clips are whole
                 loaded.use_framewise_encoding = loaded.use_framewise_decoding = False
             loaded.enable_tiling()
         return loaded
@@ -158,16 +183,11 @@ class OpenSora(StandardFamily):
     def encode_latents(self, autoencoder: Any, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
         if self.causal:
             return super().encode_latents(autoencoder, samples)
-        return [{"latents": row} for row in self._mean(autoencoder, self._pixels(autoencoder, samples))]
-
-    def _pixels(self, autoencoder: Any, samples: Sequence[Sample]) -> Tensor:
-        """The clips as they are encoded, [B, 3, T, H, W] in [-1, 1]."""
-        pixels = pixels_of(samples)
-        return pixels if self.causal else autoencoder.pad_frames(pixels)
+        return [{"latents": row} for row in self._mean(autoencoder, pixels_of(samples))]
 
     def _reference(self, autoencoder: Any, end: End, samples: Sequence[Sample]) -> Sequence[Tensor]:
         """Latents [C, t, h, w] of one end of each clip by itself; empty where the clip has no more frames than that."""
-        pixels = self._pixels(autoencoder, samples)
+        pixels = pixels_of(samples)
         if pixels.shape[2] <= end.frames:
             return [pixels.new_zeros(0)] * len(samples)
         own = pixels[:, :, : end.frames] if end.side == "head" else pixels[:, :, -end.frames :]
@@ -197,7 +217,7 @@ class OpenSora(StandardFamily):
 
         mask, shown = torch.zeros_like(latents[:, :1]), torch.zeros_like(latents)
         for row, name in enumerate(self.drawn_conditions(batch, latents.shape[2])):
-            given = CONDITIONS[name]
+            given = given_of(name, self.causal)
             for end, count in zip(ends(given, self.causal), filter(None, given), strict=True):
                 length = latents_of(count, self.causal)
                 where = slice(0, length) if end.side == "head" else slice(-length, None)
@@ -249,7 +269,7 @@ class OpenSora(StandardFamily):
 
     def validate(self, config: Config) -> None:
         super().validate(config)
-        check_weights(config.model.conditions, self.is_told_frames)
+        check_weights(config.model.conditions, self.is_told_frames, self.causal)
         if config.model.guidance is not None and not self.known_config("network").get("guidance_embed"):
             raise ConfigError(
                 "model.guidance: this network has no guidance embedding that would read it. Leave it out."
@@ -266,6 +286,29 @@ class OpenSora(StandardFamily):
     def sampling_arguments(self, guidance: float, pictures: Sequence[Any], text_length: int | None) -> dict[str, Any]:
         told = {"references": list(pictures)} if pictures else {}
         return {"guidance_scale": guidance, "max_sequence_length": text_length or TEXT_LENGTH, **told}
+
+    def check_steering(self, asked: Steering, frames: int, guidance: float, references: Sequence[int]) -> None:
+        distilled = bool(self.known_config("network").get("guidance_embed"))
+        check_asked(asked, frames, guidance, references, Abilities(self.causal, self.is_told_frames, distilled))
+
+    def reference_cuts(self, condition: str | None, references: int) -> tuple[Cut, ...]:
+        return cuts_of(condition, references, self.causal)
+
+    def stretch_overlap(self, frames: int, overlap: int | None) -> int:
+        try:
+            return overlap_of(overlap, frames, frames, self.causal)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
+
+    def steering_arguments(self, asked: Steering) -> dict[str, Any]:
+        arguments = {
+            "condition": asked.condition,
+            "text_osci": asked.text_osci,
+            "image_osci": asked.image_osci,
+            "scale_temporal_osci": asked.temporal_osci,
+            "full_steps": asked.full_steps,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
 
     @classmethod
     def tiny(cls, directory: Path, variant: str, seed: int = 0) -> Path:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from kinema.data.lengths import ClipLengths
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.hunyuan_video_parts import PARTS as HUNYUAN
 from kinema.families.layout import Layout
 from kinema.families.loading import PartSpec
 from kinema.families.parts import CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, T5_XXL, tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HUB = "hpcai-tech/Open-Sora-v2"
 _CLIP, _T5 = ("openai/clip-vit-large-patch14",), ("google/t5-v1_1-xxl",)
@@ -60,13 +66,32 @@ VARIANTS = {
             11_891_971_200,
             tuple(PARTS),
             f"{HUB}-Video-DC-AE",
-            SamplingDefaults(height=576, width=1024, frames=129, fps=24.0, steps=50, guidance=7.5, image_guidance=3.0),
+            SamplingDefaults(height=576, width=1024, frames=128, fps=24.0, steps=50, guidance=7.5, image_guidance=3.0),
             pipeline="OpenSoraPipeline",
             conditions=("text", "references"),
             most_pictures=2,
             grid=32,
+            lengths=ClipLengths(4, first=8),
             patch=(1, 1, 1),
             shift="resolution",
         ),
     )
 }
+
+
+def told_of_frames(network: PartSpec, told: bool, patch: Callable[[], int]) -> PartSpec:
+    """The part whose weights have the layer for given frames, whether their file has it or not: zero where it has not,
+    as training starts it. ``told`` False: without it. ``patch``: latent rows and columns of a token, asked for when
+    weights are there, since the variant may be told by them."""
+
+    def to_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        ours = network.to_ours(state)
+        if not told:
+            return {name: value for name, value in ours.items() if not name.startswith("cond_in.")}
+        weight = ours.get("img_in.weight")
+        if weight is not None and weight.ndim == 2 and "cond_in.weight" not in ours:
+            ours["cond_in.weight"] = weight.new_zeros(weight.shape[0], weight.shape[1] + patch() ** 2)
+            ours["cond_in.bias"] = weight.new_zeros(weight.shape[0])
+        return ours
+
+    return replace(network, to_ours=to_ours)

@@ -22,12 +22,17 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from kinema.errors import UserError
+from kinema.families.open_sora_conditions import latent_frames_of
 from kinema.families.open_sora_denoise import Text, denoise, predictor
 from kinema.families.open_sora_references import given_frames, references_of
-from kinema.families.open_sora_schedule import FULL_STEPS, Guidance, schedule, size
+from kinema.families.open_sora_request import overlap_of
+from kinema.families.open_sora_schedule import Guidance, schedule
 from kinema.families.open_sora_strategy import Given, parse_strategy
-from kinema.families.open_sora_video import Reference, decode_latents, is_causal, latent_frames_of
+from kinema.families.open_sora_video import Reference, decode_latents, is_causal
+from kinema.families.resolutions import size
+from kinema.families.steering import FULL_STEPS
 from kinema.families.text import warn_if_cut
+from kinema.networks.prompt_pairs import prompt_pairs
 from kinema.randomness import derive_seed
 
 TEXT_LENGTH = 512
@@ -97,16 +102,14 @@ class OpenSoraPipeline(DiffusionPipeline):
         One negative text serves all prompts; none at all is the empty one.
         """
         place = torch.device(device or self._execution_device)
-        if prompt_embeds is None:
-            prompt_embeds = [self._embed(one, place, max_sequence_length) for one in _texts(prompt)]
-        if not do_classifier_free_guidance:
-            return prompt_embeds, None
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = [self._embed(one, place, max_sequence_length) for one in _texts(negative_prompt)]
-        if len(negative_prompt_embeds) == 1:
-            negative_prompt_embeds = negative_prompt_embeds * len(prompt_embeds)
-        assert len(negative_prompt_embeds) == len(prompt_embeds), "one negative text, or one for each prompt"
-        return prompt_embeds, negative_prompt_embeds
+        return prompt_pairs(
+            lambda text: self._embed(text, place, max_sequence_length),
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
 
     @torch.no_grad()
     def _embed(self, text: str, device: torch.device, length: int) -> Text:
@@ -158,8 +161,8 @@ class OpenSoraPipeline(DiffusionPipeline):
             references: pictures and videos to take frames from: those of every sample, or a list for each prompt
                 (None in it: that sample is made from text alone).
             condition: which frames come from them: a name ("t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head",
-                "v2v_tail", "v2v_head_easy", "v2v_tail_easy"), a mask strategy in Open-Sora 1.x's notation (its
-                stretch 0), or `Given`s. Default: "i2v_head" for one reference, "i2v_loop" for two.
+                "v2v_tail", "v2v_head_easy", "v2v_tail_easy", "v2v_head_9" for 9 frames), a mask strategy in Open-Sora
+                1.x's notation (its stretch 0), or `Given`s. Default: "i2v_head" for one reference, "i2v_loop" for two.
             height, width: in pixels, on the grid of autoencoder and patch. Default: 256px at 16:9.
             num_frames: 4 k + 1; any number with a video DC-AE.
             guidance_scale: from the negative text to the prompt; up to 1 the text is not guided. The scale that
@@ -262,8 +265,9 @@ class OpenSoraPipeline(DiffusionPipeline):
         Raises:
             UserError: an overlap that the autoencoder does not take, or that leaves nothing to be made.
         """
-        overlap = self._overlap(overlap, num_frames, video.shape[1])
-        end = Given(reference=-1, frames=latent_frames_of(self.vae, overlap, exact=True), edit=edit)
+        causal = is_causal(self.vae)
+        overlap = overlap_of(overlap, num_frames, video.shape[1], causal)
+        end = Given(reference=-1, frames=latent_frames_of(overlap, causal), edit=edit)
         strategies, shown = parse_strategy(condition), references_of(references, len(video))
         whole = video.float().cpu()
         for stretch in range(1, stretches + 1):
@@ -283,17 +287,6 @@ class OpenSoraPipeline(DiffusionPipeline):
             whole = torch.cat([whole, drawn[:, overlap:].float().cpu()], dim=1)
         return whole
 
-    def _overlap(self, overlap: int | None, num_frames: int, there: int) -> int:
-        if overlap is None:
-            usual = 32 + int(is_causal(self.vae))
-            overlap = usual if usual < num_frames and usual <= there else 1
-        if not 1 <= overlap <= min(there, num_frames - 1):
-            raise UserError(
-                f"overlap {overlap}: the video has {there} frames, and a stretch {num_frames}, of which some must be "
-                f"new. Give 1 to {min(there, num_frames - 1)}."
-            )
-        return overlap
-
     # -- what a call is made of ------------------------------------------------------------------------------------
 
     def _latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
@@ -306,7 +299,7 @@ class OpenSoraPipeline(DiffusionPipeline):
                 raise UserError(
                     f"{name} {side}: this model makes multiples of {grid}; nearest: {' or '.join(map(str, near))}."
                 )
-        frames = latent_frames_of(self.vae, num_frames)
+        frames = latent_frames_of(num_frames, is_causal(self.vae))
         return config.in_channels // config.patch_size**2, frames, height // ratio, width // ratio
 
     def _noise(
@@ -334,10 +327,6 @@ class OpenSoraPipeline(DiffusionPipeline):
     def _decoded(self, latents: Tensor, num_frames: int, output_type: str) -> Any:
         pixels = decode_latents(self.vae, latents, num_frames)
         return self.video_processor.postprocess_video(pixels, output_type=output_type)
-
-
-def _texts(texts: str | Sequence[str] | None) -> list[str]:
-    return [texts or ""] if texts is None or isinstance(texts, str) else list(texts)
 
 
 def _generators(seed: int | Sequence[int], count: int, *purpose: int | str) -> list[torch.Generator]:

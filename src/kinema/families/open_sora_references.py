@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 from kinema.errors import UserError
-from kinema.families.open_sora_conditions import CONDITIONS
 from kinema.families.open_sora_strategy import (
     Condition,
     Conditions,
     Given,
     Strategy,
+    check_room,
     lay_out,
-    named_condition,
-    parse_strategy,
+    placed,
+    resolved,
 )
-from kinema.families.open_sora_video import Reference, cut_frames, encode_pixels, frame_count, is_causal, pixels_of
+from kinema.families.open_sora_video import Reference, cut_frames, encode_pixels, is_causal, pixels_of
 
 
 def references_of(references: Any, count: int) -> list[list[Reference]]:
@@ -52,40 +52,19 @@ def given_frames(
         return [()] * len(noise), None
     if noise.shape[2] == 1:
         raise UserError("A sample of one latent frame has no place beside a reference: ask for more frames.")
+    causal = is_causal(vae)
     strategies: list[Strategy] = []
     latents: list[list[Tensor]] = []
     known: dict[tuple[int, int], Tensor] = {}
     for own in shown:
-        cuts, strategy = _condition(vae, condition, len(own)) if own else Condition((), ())
-        _leave_some(vae, condition, strategy, noise.shape[2])
-        wanted = cuts or [(index, 0) for index in range(len(own)) if strategy]
-        chosen = [(own[index], frames) for index, frames in wanted]
+        cuts, strategy = resolved(condition, len(own), causal) if own else Condition((), ())
+        chosen = [(own[index], frames) for index, frames in cuts]
         for one, frames in chosen:
             if (id(one), frames) not in known:
-                pixels = cut_frames(pixels_of(one, *size), frames, vae)
+                pixels = cut_frames(pixels_of(one, *size), frames, causal)
                 known[id(one), frames] = encode_pixels(vae, pixels)
         strategies.append(strategy)
         latents.append([known[id(one), frames] for one, frames in chosen])
+        if isinstance(condition, str):  # `Given`s may be what lies beside the end of a video that is extended
+            check_room(placed(strategy, [one.shape[1] for one in latents[-1]], noise.shape[2]), noise.shape[2], causal)
     return strategies, lay_out(strategies, latents, noise)
-
-
-def _condition(vae: Any, condition: str | Sequence[Given] | None, references: int) -> Condition:
-    """What is asked for; without a condition what the number of references stands for."""
-    if condition is None:
-        if references > 2:
-            raise UserError(f"{references} references: say with condition which frames come from each.")
-        condition = "i2v_head" if references == 1 else "i2v_loop"
-    if not isinstance(condition, str):
-        return Condition((), tuple(condition))
-    if condition not in CONDITIONS and condition[:1].isdecimal():
-        return Condition((), parse_strategy(condition).get(0, ()))
-    return named_condition(condition, is_causal(vae))
-
-
-def _leave_some(vae: Any, condition: Any, strategy: Strategy, latent_frames: int) -> None:
-    """UserError where the video has no frame besides those of one reference."""
-    most = max((one.frames for one in strategy), default=0)
-    if isinstance(condition, str) and condition in CONDITIONS and most >= latent_frames:
-        raise UserError(
-            f"condition {condition} gives {frame_count(vae, most)} frames, which leaves none to be made. Ask for more."
-        )

@@ -1,4 +1,4 @@
-"""Open-Sora's sizes, times and guidance scales: numbers that need no network.
+"""Open-Sora's times and guidance scales: numbers that need no network.
 
 Facts and names follow Open-Sora 2.0 (Peng et al. 2025, arXiv 2503.09642); tests/golden/open_sora holds what it gives.
 """
@@ -9,57 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kinema.errors import UserError
+from kinema.families.steering import FULL_STEPS, oscillating
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RATIOS = ("2.39:1", "2:1", "16:9", "1.85:1", "9:16", "5:8", "3:2", "4:3", "1:1")
-"""The shapes (width:height) that Open-Sora has tables for, besides their inverses."""
-FULL_STEPS = 10
-"""Steps before a guidance scale begins to oscillate. Its first low step is then number 11, counted from 0."""
-
-
-# -- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def size(resolution: str, ratio: str = "16:9", grid: int = 16) -> tuple[int, int]:
-    """(height, width) of samples of a resolution (``256px``: 256 x 256 pixels; ``480p``: 480 lines of 16:9) and a shape
-    (width:height, such as ``16:9``), in whole cells of ``grid`` pixels.
-
-    For `RATIOS` and their inverses these are Open-Sora's own; other shapes follow the same rule. UserError for what is
-    no resolution or no shape, or too small for the grid.
-    """
-    pixels = _pixels(resolution)
-    wide, high = _sides(ratio)
-    inverse = ratio.partition(":")[2] + ":" + ratio.partition(":")[0]
-    turned = inverse in RATIOS or (ratio not in RATIOS and wide < high)
-    if turned:
-        wide, high = high, wide
-    width = int(math.sqrt(pixels * (wide / high)) // grid) * grid
-    height = int(pixels / width // grid) * grid if width else 0
-    if not width or not height:
-        raise UserError(f"{resolution} {ratio}: a side would be shorter than {grid} pixels. Take a larger resolution.")
-    return (width, height) if turned else (height, width)
-
-
-def _pixels(resolution: str) -> int:
-    number = resolution.rstrip("px")
-    if number.isdecimal() and int(number) and resolution in (f"{number}px", f"{number}p"):
-        side = int(number)
-        return side * side if resolution.endswith("px") else int(side * side / 9 * 16)
-    raise UserError(f"'{resolution}' is no resolution. Write 256px, 768px, 480p or the like.")
-
-
-def _sides(ratio: str) -> tuple[float, float]:
-    try:
-        wide, high = (float(side) for side in ratio.split(":"))
-    except ValueError:
-        wide = high = 0.0
-    if not (0 < wide < math.inf and 0 < high < math.inf):
-        raise UserError(f"'{ratio}' is no shape. Write width:height, such as 16:9, 1:1 or 2.39:1.")
-    return wide, high
-
 
 # -- times -----------------------------------------------------------------------------------------------------------
 
@@ -94,15 +47,6 @@ def schedule(steps: int, tokens: int, latent_frames: int, shift: float | bool | 
 
 
 # -- guidance --------------------------------------------------------------------------------------------------------
-
-
-def oscillating(scale: float, step: int, full_steps: int = FULL_STEPS) -> float:
-    """The scale in step number ``step`` (from 0): whole in the first ``full_steps`` and in every even one, else 1.
-
-    With 10 whole steps, number 10 is whole too, since it is even: up to 11 steps nothing changes. This is Open-Sora's
-    rule, and its published results were made with it; ``full_steps`` is there for samples of few steps.
-    """
-    return scale if step < full_steps or step % 2 == 0 else 1.0
 
 
 def growing_with_time(scale: float, step: int, steps: int, latent_frames: int) -> Tensor:

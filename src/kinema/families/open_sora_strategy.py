@@ -8,12 +8,17 @@ beside it the latents of the frames that the mask keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kinema.errors import UserError
-from kinema.families.open_sora_conditions import CONDITIONS, frames_of, latents_of
-from kinema.suggest import did_you_mean
+from kinema.families.open_sora_conditions import (
+    frame_count,
+    frames_of,
+    given_of,
+    latents_of,
+    lengths_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +55,9 @@ class Condition(NamedTuple):
 
 
 def named_condition(name: str, causal: bool = True) -> Condition:
-    """The condition of this name, for an autoencoder that is causal or not. UserError for an unknown name."""
-    if name not in CONDITIONS:
-        raise UserError(
-            f"There is no condition '{name}'{did_you_mean(name, CONDITIONS)} Known: {', '.join(CONDITIONS)}; or write "
-            'a mask strategy such as "0,0,0,0,1,0".'
-        )
+    """The condition of this name, for an autoencoder that is causal or not. UserError for a name that is none."""
+    head, tail = given_of(name, causal)
     cuts, strategy = [], []
-    head, tail = CONDITIONS[name]
     if head:
         cuts.append((0, frames_of(head, causal)))
         strategy.append(Given(frames=latents_of(head, causal)))
@@ -68,10 +68,40 @@ def named_condition(name: str, causal: bool = True) -> Condition:
     return Condition(tuple(cuts), tuple(strategy))
 
 
+def resolved(condition: str | Sequence[Given] | None, references: int, causal: bool) -> Condition:
+    """What a condition means for a sample with so many references: a name, a mask strategy (its stretch 0), `Given`s,
+    or None for what the number of references stands for. UserError for what is none of these."""
+    if condition is None:
+        if references > 2:
+            raise UserError(f"{references} references: say with condition which frames come from each.")
+        condition = ("t2v", "i2v_head", "i2v_loop")[references]
+    if isinstance(condition, str) and not is_strategy(condition):
+        return named_condition(condition, causal)
+    strategy = parse_strategy(condition).get(0, ()) if isinstance(condition, str) else tuple(condition)
+    return Condition(tuple((index, 0) for index in range(references) if strategy), strategy)
+
+
+def cut_length(frames: int, there: int, causal: bool) -> int:
+    """How many frames a cut takes of a reference that has ``there``, signed as the cut; UserError if there are
+    fewer."""
+    if frames == 0:
+        return lengths_of(causal).at_most(there)
+    if abs(frames) > there:
+        raise UserError(
+            f"This condition is told {abs(frames)} frames, and the reference has {there}. Take a longer one."
+        )
+    return frames
+
+
 # -- Open-Sora 1.x's notation ----------------------------------------------------------------------------------------
 
 _FIELDS = ("loop", "reference", "source", "target", "frames", "edit")
 _DEFAULTS = ("0", "0", "0", "0", "1", "0")
+
+
+def is_strategy(text: str) -> bool:
+    """Whether a condition is written as a mask strategy, in numbers, or else as a name."""
+    return text[:1].isdecimal()
 
 
 def parse_strategy(text: str) -> dict[int, Strategy]:
@@ -138,21 +168,43 @@ class Conditions:
         return torch.where(self.edit == 0, self.reference.to(x.dtype), x)
 
 
+def placed(strategy: Strategy, lengths: Sequence[int], latent_frames: int) -> Strategy:
+    """The strategy over references of these latent ``lengths`` and a video of ``latent_frames``, every position counted
+    from the start and nothing beyond an end. UserError for a stretch that is not there."""
+    found = []
+    for one in strategy:
+        if not -len(lengths) <= one.reference < len(lengths):
+            raise UserError(f"Frames are to come from reference {one.reference}; the sample has {len(lengths)}.")
+        reference = one.reference % len(lengths)
+        source = _place(one.source, lengths[reference], "the reference")
+        target = _place(one.target, latent_frames, "the video")
+        frames = min(one.frames, lengths[reference] - source, latent_frames - target)
+        found.append(replace(one, reference=reference, source=source, target=target, frames=frames))
+    return tuple(found)
+
+
+def check_room(strategy: Strategy, latent_frames: int, causal: bool) -> None:
+    """UserError where a strategy that is `placed` gives every frame of the video as it is."""
+    edit = [1.0] * latent_frames
+    for one in strategy:
+        edit[one.target : one.target + one.frames] = [one.edit] * one.frames
+    if not any(edit):
+        raise UserError(
+            f"The condition gives all {frame_count(latent_frames, causal)} frames of the video, which leaves none to "
+            "be made. Ask for more."
+        )
+
+
 def lay_out(strategies: Sequence[Strategy], references: Sequence[Sequence[Tensor]], like: Tensor) -> Conditions:
     """The strategy of each sample over its references, latents [C, T', H, W], for samples of the shape of ``like``
     [B, C, T, H, W]. Where stretches overlap the later one holds. UserError for a stretch that is not there."""
     assert len(strategies) == len(references) == len(like), "a strategy and references for every sample"
     edit, kept = like.new_ones(len(like), 1, like.shape[2], 1, 1), like.new_zeros(like.shape)
     for i, (strategy, own) in enumerate(zip(strategies, references, strict=True)):
-        for one in strategy:
-            if not -len(own) <= one.reference < len(own):
-                raise UserError(f"Frames are to come from reference {one.reference}; the sample has {len(own)}.")
-            shown = own[one.reference].to(like)
-            source = _place(one.source, shown.shape[1], "the reference")
-            target = _place(one.target, like.shape[2], "the video")
-            frames = min(one.frames, shown.shape[1] - source, like.shape[2] - target)
-            edit[i, :, target : target + frames] = one.edit
-            kept[i, :, target : target + frames] = shown[:, source : source + frames] * (one.edit < 1)
+        for one in placed(strategy, [shown.shape[1] for shown in own], like.shape[2]):
+            shown = own[one.reference].to(like)[:, one.source : one.source + one.frames]
+            edit[i, :, one.target : one.target + one.frames] = one.edit
+            kept[i, :, one.target : one.target + one.frames] = shown * (one.edit < 1)
     return Conditions(edit, kept)
 
 

@@ -12,7 +12,7 @@ def longest_sides(config: Config, variant: Variant) -> list[tuple[str, int]]:
     """(key that names the sizes, longest side of any bucket in pixels) of each source's buckets."""
     found = []
     for settings in config.bucket_settings:
-        groups = bucket_groups(settings, variant.grid, variant.frame_stride)
+        groups = bucket_groups(settings, variant.grid, variant.lengths)
         longest = max(max(bucket.height, bucket.width) for group in groups for bucket in group.buckets)
         found.append((f"data.buckets.{settings.shapes_key}", longest))
     return found

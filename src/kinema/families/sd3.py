@@ -33,6 +33,7 @@ from kinema.families.parts import (
 from kinema.families.positions import check_sides
 from kinema.families.sd3_layout import network_from_original, network_layout
 from kinema.families.standard import StandardFamily
+from kinema.families.steering import ABOVE_ONE
 from kinema.families.tensors import tensor_shapes
 from kinema.families.text import quietly, warn_if_cut
 
@@ -99,6 +100,7 @@ class SD3(StandardFamily):
     """Stable Diffusion 3 medium, 3.5 medium and 3.5 large."""
 
     name = "sd3"
+    low_guidance = ABOVE_ONE
     variants = VARIANTS
     parts = PARTS
     block_lists = ("transformer_blocks",)

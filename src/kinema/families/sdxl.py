@@ -28,6 +28,7 @@ from kinema.families.parts import CLIP_G, CLIP_G_TOKENIZER, CLIP_L, CLIP_L_TOKEN
 from kinema.families.prediction import variance_preserving
 from kinema.families.sdxl_layout import NETWORK, TEXT_ENCODER, TEXT_ENCODER_2, V_PREDICTION_MARKS, is_sdxl
 from kinema.families.standard import StandardFamily
+from kinema.families.steering import ABOVE_ONE
 from kinema.families.tensors import NETWORK_INSIDE, is_inside, tensor_shapes
 from kinema.families.text import warn_if_cut
 
@@ -89,6 +90,7 @@ class SDXL(StandardFamily):
     """Stable Diffusion XL and what was fine-tuned from it, with eps or velocity prediction."""
 
     name = "sdxl"
+    low_guidance = ABOVE_ONE
     variants = VARIANTS
     parts = PARTS
     encoding_version = "sdxl-1"
@@ -200,6 +202,8 @@ class SDXL(StandardFamily):
             return {name: network.get_submodule(name)}  # type: ignore[dict-item]
         for level in _levels(network):
             block = network.get_submodule(level)
+            if not any(True for _ in block.parameters()):  # another stage of a pipeline has it
+                continue
             for i, resnet in enumerate(block.resnets):  # type: ignore[arg-type, union-attr]
                 attention = i - 1 if level == "mid_block" else i
                 read = [(f"{level}.resnets.{i}", nn.ModuleList([resnet]))]

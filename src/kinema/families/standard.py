@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,6 +86,8 @@ class StandardFamily(Family):
             raise ConfigError(
                 f"model.variant: name one ({', '.join(self.variants)}), or give model.path to read it from."
             )
+        if found.model is not None:  # of a run, which knows
+            return type(self)(found.model)._variant_name
         path = self._config_file("network", found)
         described = read_json(path) if path else {}
         fitting = self._fitting(described)
@@ -147,10 +150,22 @@ class StandardFamily(Family):
     def source(self, part: str) -> Source:
         """Where a part lies and its configuration; UserError if there is neither a file nor a shipped one."""
         assert part in self.variant.parts, f"{self.variant.name} has no part {part}"
-        found = self._find(part, weights=not self._is_drawn(part))
-        shipped = self._shipped(self.variant.name, self.spec(part))
-        model = f"{self.name} {self.variant.name}"
-        return with_config(self.spec(part), found, self._config_file(part, found), shipped, model)
+        return self._described(part, self._find(part, weights=not self._is_drawn(part)))
+
+    def _described(self, part: str, found: Found | None) -> Source:
+        """A part with its configuration: that of its files, of the run that trained it, or the one that ships."""
+        spec, model = self.spec(part), f"{self.name} {self.variant.name}"
+        if found is not None and found.config is None and found.model is not None:
+            of_run = type(self)(found.model).source(part)
+            source = replace(of_run, spec=spec, found=found, model_name=model)
+        else:
+            shipped = self._shipped(self.variant.name, spec)
+            source = with_config(spec, found, self._config_file(part, found), shipped, model)
+        return replace(source, config=self.configured(part, source.config))
+
+    def configured(self, part: str, described: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A part's configuration as this run has it, from the one that was found with its files."""
+        return described
 
     def is_here(self, part: str) -> bool:
         places = part_config(self.config, part).path, self.config.path
@@ -161,7 +176,7 @@ class StandardFamily(Family):
         places = part_config(self.config, part).path, self.config.path
         if is_hub_id(places[0]) or (places[0] is None and is_hub_id(places[1])):
             shipped = self._shipped(self.variant.name, self.spec(part))
-            return {} if shipped is None else read_json(shipped)
+            return {} if shipped is None else self.configured(part, read_json(shipped))
         return self.source(part).config
 
     def _is_drawn(self, part: str) -> bool:
@@ -196,9 +211,7 @@ class StandardFamily(Family):
         return module
 
     def empty(self, part: str) -> nn.Module:
-        found = self._find(part, weights=False)
-        shipped = self._shipped(self.variant.name, self.spec(part))
-        source = with_config(self.spec(part), found, self._config_file(part, found), shipped, self.name)
+        source = self._described(part, self._find(part, weights=False))
         return build(source.spec, source.config, empty=True).eval().requires_grad_(False)
 
     def _drawn(self, source: Source, seed: int, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:

@@ -57,7 +57,7 @@ LLAMA_SPECIALS = (
 GEMMA_SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+def clip_tokenizer(pad_token: str = "<|endoftext|>", texts: Iterable[str] = ()) -> Any:
     """CLIP's: 77 tokens, the two special ones last. ``pad_token``: the end of text in CLIP-L, "!" (id 0) in CLIP-G."""
     from transformers import CLIPTokenizer
 
@@ -68,7 +68,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
         return CLIPTokenizer(vocab, list(merges), pad_token=pad_token, model_max_length=CLIP_LENGTH)
 
     plain = build(())._tokenizer
-    return build(_learn(plain, _SENTENCES, end_of_word="</w>"))
+    return build(_learn(plain, (*_SENTENCES, *texts), end_of_word="</w>"))
 
 
 def t5_tokenizer() -> Any:

@@ -114,6 +114,7 @@ class ZImage(StandardFamily):
     """The Z-Image models: the base, and Turbo, which is distilled to eight steps without guidance."""
 
     name = "z_image"
+    low_guidance = 0.0  # of a pipeline whose scale is what is added
     variants = VARIANTS
     parts = PARTS
     network_layout = NETWORK

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from kinema.errors import UserError
@@ -44,6 +47,22 @@ _WIDTHS = (128, 256, 512, 512, 1024, 1024)
 _IN_TIME = (False, False, False, True, True, False)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Blocks at one resolution; stages are numbered from the pixels."""
+
+    block_type: str
+    width: int
+    depth: int
+    in_time: bool
+    """Whether the frames halve from this stage to the next too."""
+
+    def blocks(self) -> list[nn.Module]:
+        block: Any = BLOCKS[self.block_type]
+        kinds = [block(self.width) for _ in range(self.depth)]
+        return [Residual(one) if self.block_type == "ResBlock" else one for one in kinds]
+
+
 class _Half(nn.Module, ABC):
     """What encoder and decoder share: modules one after another."""
 
@@ -66,24 +85,14 @@ class _Half(nn.Module, ABC):
 
 
 class Encoder(_Half):
-    def __init__(
-        self,
-        channels: int,
-        latent_channels: int,
-        block_types: Sequence[str],
-        widths: Sequence[int],
-        depths: Sequence[int],
-        in_time: Sequence[bool],
-    ) -> None:
+    def __init__(self, channels: int, latent_channels: int, stages: Sequence[Stage]) -> None:
         super().__init__()
-        self.project_in = ConvLayer(channels, widths[0])
+        self.project_in = ConvLayer(channels, stages[0].width)
         self.stages = nn.ModuleList()
-        for i, (kind, width, depth) in enumerate(zip(block_types, widths, depths, strict=True)):
-            blocks = [_block(kind, width) for _ in range(depth)]
-            if i + 1 < len(widths):
-                blocks.append(Downsample(width, widths[i + 1], in_time[i]))
-            self.stages.append(Ops(*blocks))
-        self.project_out = Residual(Ops(ConvLayer(widths[-1], latent_channels)), latent_channels)
+        for stage, after in zip_longest(stages, stages[1:]):
+            down = [] if after is None else [Downsample(stage.width, after.width, stage.in_time)]
+            self.stages.append(Ops(*stage.blocks(), *down))
+        self.project_out = Residual(Ops(ConvLayer(stages[-1].width, latent_channels)), latent_channels)
 
     def ops(self) -> list[nn.Module]:
         return [self.project_in, *(op for stage in self.stages for op in stage.op_list), self.project_out]
@@ -92,22 +101,14 @@ class Encoder(_Half):
 class Decoder(_Half):
     """Its stages are numbered from the pixels, so the last runs first."""
 
-    def __init__(
-        self,
-        channels: int,
-        latent_channels: int,
-        block_types: Sequence[str],
-        widths: Sequence[int],
-        depths: Sequence[int],
-        in_time: Sequence[bool],
-    ) -> None:
+    def __init__(self, channels: int, latent_channels: int, stages: Sequence[Stage]) -> None:
         super().__init__()
-        self.project_in = Residual(ConvLayer(latent_channels, widths[-1]), widths[-1])
+        self.project_in = Residual(ConvLayer(latent_channels, stages[-1].width), stages[-1].width)
         self.stages = nn.ModuleList()
-        for i, (kind, width, depth) in enumerate(zip(block_types, widths, depths, strict=True)):
-            blocks = [Upsample(widths[i + 1], width, in_time[i])] if i + 1 < len(widths) else []
-            self.stages.append(Ops(*blocks, *(_block(kind, width) for _ in range(depth))))
-        self.project_out = Ops(RMSNorm3d(widths[0]), nn.ReLU(), ConvLayer(widths[0], channels))
+        for stage, before in zip_longest(stages, stages[1:]):
+            up = [] if before is None else [Upsample(before.width, stage.width, stage.in_time)]
+            self.stages.append(Ops(*up, *stage.blocks()))
+        self.project_out = Ops(RMSNorm3d(stages[0].width), nn.ReLU(), ConvLayer(stages[0].width, channels))
 
     def ops(self) -> list[nn.Module]:
         stages = reversed(list(self.stages))
@@ -149,9 +150,10 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        channels = in_channels, latent_channels
-        self.encoder = Encoder(*channels, encoder_block_types, encoder_widths, encoder_depths, temporal)
-        self.decoder = Decoder(*channels, decoder_block_types, decoder_widths, decoder_depths, temporal)
+        encoder = zip(encoder_block_types, encoder_widths, encoder_depths, temporal, strict=True)
+        decoder = zip(decoder_block_types, decoder_widths, decoder_depths, temporal, strict=True)
+        self.encoder = Encoder(in_channels, latent_channels, [Stage(*one) for one in encoder])
+        self.decoder = Decoder(in_channels, latent_channels, [Stage(*one) for one in decoder])
         self.spatial_compression_ratio = 2 ** (len(encoder_widths) - 1)
         self.temporal_compression_ratio = 2 ** sum(temporal[:-1])
         self.tiling: Tiling | None = None
@@ -166,6 +168,7 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def disable_tiling(self) -> None:
         self.tiling = None
 
+    @apply_forward_hook
     def encode(self, x: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, T, H, W], to latents [B, C, t, h, w]. T is 1, 2 or a multiple of 4, H and W are
         multiples of 32; UserError otherwise. See `pad_frames` for other lengths."""
@@ -173,6 +176,7 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         unit = self.temporal_compression_ratio, self.spatial_compression_ratio
         return self._run(self.encoder, x, unit, (1, 1)) / self.config.scaling_factor
 
+    @apply_forward_hook
     def decode(self, latents: Tensor, frames: int | None = None) -> Tensor:
         """Latents [B, C, t, h, w] to pixels [B, 3, T, H, W], T = 1 for t = 1 and else 4 t; not clamped. ``frames``:
         keep that many, of a clip that was padded; UserError if there are fewer."""
@@ -235,8 +239,3 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"frames of {sides[0]} x {sides[1]} pixels (height x width): this autoencoder takes multiples of "
                 f"{space}. The nearest is {nearest}."
             )
-
-
-def _block(kind: str, width: int) -> nn.Module:
-    block: Any = BLOCKS[kind](width)
-    return Residual(block) if kind == "ResBlock" else block

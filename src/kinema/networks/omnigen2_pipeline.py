@@ -18,12 +18,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kinema.errors import UserError
+from kinema.networks.prompt_pairs import prompt_pairs
 
 TEMPLATE = (
     "<|im_start|>system\nYou are a helpful assistant that generates high-quality images based on user instructions."
@@ -54,10 +55,6 @@ def reference_size(
     ratio = min(math.sqrt(max_pixels / (height * width)), max_side / max(height, width), 1.0)
     new_height, new_width = (max(1, int(side * ratio) // GRID) * GRID for side in (height, width))
     return new_height, new_width
-
-
-def _texts(texts: str | Sequence[str] | None) -> list[str]:
-    return [texts or ""] if texts is None or isinstance(texts, str) else list(texts)
 
 
 def _padded(rows: list[Tensor], device: torch.device) -> Text:
@@ -106,16 +103,14 @@ class OmniGen2Pipeline(DiffusionPipeline):
         serves all prompts.
         """
         place = torch.device(device or self._execution_device)
-        if prompt_embeds is None:
-            prompt_embeds = [self._embed(one, place, max_sequence_length) for one in _texts(prompt)]
-        if not do_classifier_free_guidance:
-            return prompt_embeds, None
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = [self._embed(one, place, max_sequence_length) for one in _texts(negative_prompt)]
-        if len(negative_prompt_embeds) == 1:
-            negative_prompt_embeds = negative_prompt_embeds * len(prompt_embeds)
-        assert len(negative_prompt_embeds) == len(prompt_embeds), "one negative text, or one for each prompt"
-        return prompt_embeds, negative_prompt_embeds
+        return prompt_pairs(
+            lambda text: self._embed(text, place, max_sequence_length),
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
 
     def _embed(self, text: str, device: torch.device, length: int) -> Tensor:
         tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
@@ -133,7 +128,8 @@ class OmniGen2Pipeline(DiffusionPipeline):
         for picture in pictures:
             height, width = reference_size(picture.height, picture.width, max_pixels, max_side)
             pixels = self.image_processor.preprocess(picture, height, width)
-            mean = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mean[0]
+            place = get_module_execution_device(self.vae)
+            mean = self.vae.encode(pixels.to(place, self.vae.dtype)).latent_dist.mean[0]
             latents.append((mean - (config.shift_factor or 0.0)) * config.scaling_factor)
         return latents
 

@@ -112,20 +112,20 @@ class StreamAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, bias: bool, fused: bool) -> None:
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.head_dim, self.fused = dim // heads, fused
         if fused:
             self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         else:
             self.q_proj = nn.Linear(dim, dim, bias=bias)
             self.k_proj = nn.Linear(dim, dim, bias=bias)
             self.v_proj = nn.Linear(dim, dim, bias=bias)
-        self.norm = QKNorm(dim // heads)
+        self.norm = QKNorm(self.head_dim)
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, hidden] -> [B, S, heads, D] each; queries and keys are normalised."""
         parts = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return *self.norm(query, key), value
 
 
@@ -167,7 +167,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, fused: bool, rope: Rope) -> None:
         super().__init__()
-        self.heads, self.fused, self.rope = heads, fused, rope
+        self.head_dim, self.fused, self.rope = dim // heads, fused, rope
         self.sizes = (dim, dim, dim, mlp_dim) if fused else (dim, mlp_dim)
         if fused:
             self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
@@ -176,7 +176,7 @@ class SingleBlock(nn.Module):
             self.k_proj = nn.Linear(dim, dim)
             self.v_mlp = nn.Linear(dim, dim + mlp_dim)
         self.linear2 = nn.Linear(dim + mlp_dim, dim)
-        self.norm = QKNorm(dim // heads)
+        self.norm = QKNorm(self.head_dim)
         self.modulation = Modulation(dim, 3)
         self.attention = JointAttention()
 
@@ -184,11 +184,11 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         inputs = _modulated(tokens, shift, scale)
         if self.fused:
-            query, key, value, inner = self.linear1(inputs).split(self.sizes, dim=-1)
+            query, key, value, inner = _in_proportion(self.linear1(inputs), self.sizes)
         else:
             query, key = self.q_proj(inputs), self.k_proj(inputs)
-            value, inner = self.v_mlp(inputs).split(self.sizes, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
+            value, inner = _in_proportion(self.v_mlp(inputs), self.sizes)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
         query, key = self.norm(query, key)
         attended = self.attention(rotate(query, rotary, self.rope), rotate(key, rotary, self.rope), value)
         inner = nn.functional.gelu(inner, approximate="tanh")
@@ -377,6 +377,12 @@ def positions(size: Sequence[int], patch: int, device: torch.device | str = "cpu
 
 def _mlp(dim: int, mlp_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(approximate="tanh"), nn.Linear(mlp_dim, dim))
+
+
+def _in_proportion(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split the channels of x, of which a tensor-parallel peer has as large a share of each part."""
+    share = x.shape[-1] / sum(sizes)
+    return x.split([round(size * share) for size in sizes], dim=-1)
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kinema.config.schema import ObjectiveConfig
 from kinema.data.batch import Batch
+from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.families.base import Family, Native
 from kinema.families.prediction import native_target
 from kinema.objectives.base import Denoiser, Draws, Loss
@@ -72,6 +73,8 @@ class FlowMatching:
     law: TimeLaw
     weighting: str = "none"
     roles: tuple[str, ...] = ("student",)
+    lengths: ClipLengths = CAUSAL
+    """Which frames of a mask each latent frame stands for."""
 
     def __call__(self, batch: Batch, networks: Mapping[str, Denoiser], draws: Draws) -> Loss:
         return self._loss(batch, networks["student"], draws, quantile=None)
@@ -104,7 +107,7 @@ class FlowMatching:
         x_t = (1 - t_at) * x_0 + t_at * eps
         prediction = student.predict(x_t, t if prepared.given is None else t_at, prepared.conditioning)
         target = native_target(student.path, x_0, eps, t)
-        kept = kept_latents(batch.masks, x_0, prepared.given)
+        kept = kept_latents(batch.masks, x_0, prepared.given, self.lengths)
         per_sample = masked_mean(pointwise_error(prediction, target, self.config), kept)
         per_sample = per_sample * loss_weight(self.weighting, t, student.path.native, self.config.min_snr_gamma).to(
             per_sample
@@ -125,4 +128,5 @@ def flow_matching(config: ObjectiveConfig, family: Family) -> FlowMatching:
         t_max=config.t_max,
         native=family.native_time,
     )
-    return FlowMatching(config, law.within(*time_range), config.weighting or family.default_weighting)
+    weighting = config.weighting or family.default_weighting
+    return FlowMatching(config, law.within(*time_range), weighting, lengths=family.lengths)

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kinema.data.lengths import CAUSAL, ClipLengths
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 WHITE = 255
 
 
-def kept_latents(masks: Sequence[Tensor | None], latents: Tensor, given: Tensor | None = None) -> Tensor | None:
+def kept_latents(
+    masks: Sequence[Tensor | None], latents: Tensor, given: Tensor | None = None, lengths: ClipLengths = CAUSAL
+) -> Tensor | None:
     """How much each position of ``latents`` [B, C, T, H, W] counts in the loss, 0 to 1: broadcasts to [B, 1, T, H, W].
 
     ``masks`` are those of `kinema.data.batch.Batch`, uint8 [1, 1 or frames, height, width] in pixels; ``given`` is 1
-    where the network is told the latents (`kinema.families.base.Prepared`). None: everything counts.
+    where the network is told the latents (`kinema.families.base.Prepared`). ``lengths``: those of the family. None:
+    everything counts.
     """
     import torch
 
@@ -24,25 +29,23 @@ def kept_latents(masks: Sequence[Tensor | None], latents: Tensor, given: Tensor 
         return learnt
     frames, height, width = latents.shape[2:]
     whole = torch.ones(1, frames, height, width, device=latents.device)
-    kept = torch.stack([whole if mask is None else on_latent_grid(mask, frames, height, width) for mask in masks])
+    kept = torch.stack([whole if mask is None else on_latent_grid(mask, latents.shape[2:], lengths) for mask in masks])
     return kept if learnt is None else kept * learnt
 
 
-def on_latent_grid(mask: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """A mask uint8 [1, 1 or T, H, W] at the size of latents, float32 [1, frames, height, width] from 0 to 1.
+def on_latent_grid(mask: Tensor, size: Sequence[int], lengths: ClipLengths) -> Tensor:
+    """A mask uint8 [1, 1 or T, H, W] at the size of latents (frames, height, width), float32 [1, *size] from 0 to 1.
 
     Each latent gets the mean of the pixels that it stands for. A causal video autoencoder makes its first latent of
     the first frame alone and the k-th of frames (k - 1) s + 1 .. k s; a mask of one frame holds for all.
     """
     import torch
 
-    given = mask.shape[1]
+    given, (frames, height, width) = mask.shape[1], size
     if given == 1:
         return _area_mean(mask, height, width).expand(1, frames, height, width)
-    assert frames > 1 and (given - 1) % (frames - 1) == 0, f"a mask of {given} frames for {frames} latent frames"
-    stride = (given - 1) // (frames - 1)
-    groups = [slice(0, 1), *(slice(first, first + stride) for first in range(1, given, stride))]
-    return torch.cat([_area_mean(mask[:, group], height, width) for group in groups], dim=1)
+    assert given in lengths and lengths.latents(given) == frames, f"a mask of {given} frames for {frames} latent frames"
+    return torch.cat([_area_mean(mask[:, behind], height, width) for behind in lengths.behind(given)], dim=1)
 
 
 def _area_mean(mask: Tensor, height: int, width: int) -> Tensor:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from kinema.optim.gradients import local_part
 
 PIECE_BYTES = 2**28
 """Weights in a shorter type than the averages are converted in pieces of about this size."""
@@ -37,8 +38,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step number ``step`` (counted from 1)."""
         assert not self.swapped_in, "the network holds the averages"
-        averages = [_local(average) for average in self.averages.values()]
-        weights = [_local(weight) for weight in self.parameters.values()]
+        averages = [local_part(average) for average in self.averages.values()]
+        weights = [local_part(weight) for weight in self.parameters.values()]
         for piece in _pieces(averages):
             converted = [weight.to(a.dtype) for a, weight in zip(averages[piece], weights[piece], strict=True)]
             torch._foreach_lerp_(averages[piece], converted, 1.0 - self.decay_at(step))
@@ -64,7 +65,7 @@ class Ema:
         """Swap in place, one tensor at a time. Weights in a shorter type cannot hold the averages: those are saved."""
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            weight, average = _local(parameter), _local(self.averages[name])
+            weight, average = local_part(parameter), local_part(self.averages[name])
             mine = weight.clone()
             weight.copy_(average)
             if weight.dtype == average.dtype:
@@ -76,7 +77,7 @@ class Ema:
     @torch.no_grad()
     def _exchange_out(self, saved: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            weight, average = _local(parameter), _local(self.averages[name])
+            weight, average = local_part(parameter), local_part(self.averages[name])
             if name in saved:
                 weight.copy_(saved[name])
             else:
@@ -95,9 +96,3 @@ def _pieces(tensors: list[Tensor]) -> Iterator[slice]:
         filled += tensor.nbytes
     if tensors:
         yield slice(start, len(tensors))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory with the tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""This rank's parts of gradients, whether plain tensors or DTensors."""
+"""This rank's parts of tensors and of gradients, whether plain tensors or DTensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Place = tuple[Any, Any, torch.device, torch.dtype]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing memory with it."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> dict[Place, list[Tensor]]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kinema.optim.gradients import local_part
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic X <- a X + (b X X^T + c (X X^T)^2) X, chosen by Jordan for the steepest slope at zero."""
 PIECE_BYTES = 2**28
@@ -72,14 +74,14 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(buffers, [p.grad for p in parameters], 1 - group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        buffers = [local_part(self.state[p]["momentum"]) for p in parameters]
+        torch._foreach_lerp_(buffers, [local_part(p.grad) for p in parameters], 1 - group["momentum"])
+        torch._foreach_mul_([local_part(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
 
-        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        by_shape: dict[tuple[torch.Size, Any], list[Tensor]] = defaultdict(list)
         for p in parameters:
-            by_shape[p.shape].append(p)
-        for shape, members in by_shape.items():
+            by_shape[p.shape, getattr(p, "device_mesh", None)].append(p)
+        for (shape, _), members in by_shape.items():
             count = max(1, PIECE_BYTES // (4 * shape.numel()))
             for start in range(0, len(members), count):
                 self._step_piece(members[start : start + count], group)

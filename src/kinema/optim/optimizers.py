@@ -36,15 +36,17 @@ def peak_lr(name: str, config: OptimizerConfig, default: float) -> float:
 
 
 def adamw(parameters: Parameters, block_matrices: set[str], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """torch's AdamW, one group for each learning rate and weight decay."""
+    """torch's AdamW, one group for each learning rate and weight decay; and for each mesh of devices, as its kernels
+    take no tensors of several together."""
     import torch
 
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float, Any], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = 0.0 if is_vector(parameter) else config.weight_decay
-        groups.setdefault((peak_lr(name, config, config.lr), decay), []).append(parameter)
+        key = peak_lr(name, config, config.lr), decay, getattr(parameter, "device_mesh", None)
+        groups.setdefault(key, []).append(parameter)
     settings: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": decay, "peak_lr": peak} for (peak, decay), members in groups.items()
+        {"params": members, "weight_decay": decay, "peak_lr": peak} for (peak, decay, _), members in groups.items()
     ]
     fused = all(p.dtype in (torch.float32, torch.float64) or p.is_cuda for p in parameters.values())
     return [torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)]

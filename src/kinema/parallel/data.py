@@ -1,6 +1,7 @@
 """Data parallel training: every rank takes its slice of the global batch, gradients are summed over ranks.
 
-The weights of the samples in the loss already sum to 1 over all ranks, hence sums and never means.
+The weights of the samples in the loss already sum to 1 over all ranks, hence sums and never means. Peers in ``sp`` see
+parts of the same samples: each takes its share 1 / sp of the loss, so that for the sums they are as other ranks.
 
 ``dp_shard`` > 1: torch's FSDP2, one group of parameters per block and one for the rest. Every group is resharded after
 its forward: between two passes parameters are always the sharded ones, which EMA, optimiser and checkpoint work on.
@@ -18,15 +19,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
+from kinema.optim.gradients import local_part
 from kinema.parallel.mesh import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are reduced in pieces of about this size (DDP's default)."""
@@ -42,14 +48,15 @@ def shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World)
     ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others. UserError if the ranks
     hold different weights, or if parameters that train and are to be sharded have several dtypes.
     """
-    if world.size > 1:
-        _check_equal_weights(network, world)
-    if world.dp_shard > 1:
+    if world.size > 1 and world.sizes.pp * world.sizes.tp == 1:  # others were compared while they were whole
+        check_equal_weights(network, world)
+    if world.is_sharded:
         _fully_shard(network, blocks, world)
     else:
         network.to(world.device)
-        if world.size > 1:
-            _reducers[network] = GradientReducer(p for p in network.parameters() if p.requires_grad)
+        if world.sizes.dp * world.sizes.sp > 1:
+            trained = (p for p in network.parameters() if p.requires_grad)
+            _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))
 
 
 @contextmanager
@@ -72,7 +79,7 @@ def accumulate(network: nn.Module, last: bool = True) -> Iterator[None]:
 
 
 class GradientReducer:
-    """Sums the gradients of replicated parameters over all ranks, overlapping with the backward pass.
+    """Sums the gradients of replicated parameters over the ranks of a group, overlapping with the backward pass.
 
     Parameters are bucketed in reverse order of definition, about the order in which gradients appear. A bucket is
     sent when its last gradient is there and all buckets before it are sent, so all ranks send in the same order. Each
@@ -80,7 +87,13 @@ class GradientReducer:
     ``grad`` None, one that some ranks used counts as zero on the others.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: dist.ProcessGroup | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        self.group = group
         self.buckets: list[list[nn.Parameter]] = []
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._active = False
@@ -128,14 +141,15 @@ class GradientReducer:
         """Start the next bucket's all-reduce; its gradients become views of the flat buffer that is reduced."""
         bucket = self.buckets[len(self._sent)]
         flags = torch.tensor([float(p.grad is not None) for p in bucket], dtype=bucket[0].dtype)
-        pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.reshape(-1) for p in bucket]
+        pieces = [local_part(p if p.grad is None else p.grad).reshape(-1) for p in bucket]
+        pieces = [torch.zeros_like(x) if p.grad is None else x for p, x in zip(bucket, pieces, strict=True)]
         flat = torch.cat([*pieces, flags.to(bucket[0].device, non_blocking=True)])
         offset = 0
-        for parameter in bucket:
+        for parameter, piece in zip(bucket, pieces, strict=True):
             if parameter.grad is not None:
-                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+                parameter.grad = _gradient(parameter, flat[offset : offset + piece.numel()])
+            offset += piece.numel()
+        self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     def _drop_unused(self, bucket: list[nn.Parameter], flat: Tensor) -> None:
         """Give gradients to parameters that only other ranks used."""
@@ -144,9 +158,20 @@ class GradientReducer:
         used = flat[-len(bucket) :].tolist()
         offset = 0
         for parameter, ranks in zip(bucket, used, strict=True):
+            size = local_part(parameter).numel()
             if parameter.grad is None and ranks > 0:
-                parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+                parameter.grad = _gradient(parameter, flat[offset : offset + size])
+            offset += size
+
+
+def _gradient(parameter: nn.Parameter, flat: Tensor) -> Tensor:
+    """A view of a buffer as the parameter's gradient."""
+    if not isinstance(parameter, DTensor):
+        return flat.view_as(parameter)
+    local, mesh, placements = flat.view_as(parameter.to_local()), parameter.device_mesh, parameter.placements
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
 
 
 def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
@@ -156,15 +181,16 @@ def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.requires_grad})
     if len(dtypes) > 1:
         raise UserError(
-            f"the weights that train are stored as {' and '.join(dtypes)}, but parallel.dp_shard = {world.dp_shard} "
-            'needs one type. Set model.network.dtype = "fp32", or parallel.dp_shard = 1.'
+            f"the weights that train are stored as {' and '.join(dtypes)}, but parallel.dp_shard = "
+            f'{world.sizes.dp_shard} needs one type. Set model.network.dtype = "fp32", or parallel.dp_shard = 1.'
         )
     # Networks often return views; nothing changes their output in place, which is what FSDP2 warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    mesh = world.mesh if world.dp_replicate > 1 else world.mesh["dp_shard"]
+    mesh = _weights_mesh(world)
     for group in blocks.values():
         for block in group:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            if any(True for _ in block.parameters()):  # else another stage of the pipeline has it
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
     _keep_recording(network)
     network.to(world.device)  # buffers outside the blocks
@@ -172,6 +198,16 @@ def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _weights_mesh(world: World) -> DeviceMesh:
+    """The mesh that parameters are sharded over, in its last dimension, and replicated over in its first, if any."""
+    assert world.mesh is not None
+    last = "dp_shard"
+    if world.sizes.sp > 1:
+        last = "dp_shard_sp"
+        world.submesh("dp_shard", "sp")  # names the dimension
+    return world.mesh["dp_replicate", last] if world.sizes.dp_replicate > 1 else world.mesh[last]
 
 
 def _keep_recording(network: nn.Module) -> None:
@@ -184,7 +220,7 @@ def _keep_recording(network: nn.Module) -> None:
         output_capturing._CAN_RECORD_REGISTRY[network] = recorded
 
 
-def _check_equal_weights(network: nn.Module, world: World) -> None:
+def check_equal_weights(network: nn.Module, world: World) -> None:
     """UserError unless all ranks hold the same bits, by the sum of each tensor's bit patterns."""
     names, sums = [], []
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -6,8 +6,9 @@ group exists, and every collective returns what it was given.
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +18,7 @@ from kinema.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(days=1)
@@ -28,22 +30,95 @@ Summand = TypeVar("Summand", "Tensor", float)
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How many processes each way of sharing the work takes; their product is all of them."""
+
+    pp: int = 1
+    """Pipeline stages: each holds some of the blocks."""
+    dp_replicate: int = 1
+    """Copies of the network that share the batch."""
+    dp_shard: int = 1
+    """Processes over which each copy is sharded; they share the batch too."""
+    sp: int = 1
+    """Processes that share the sequence of each sample."""
+    tp: int = 1
+    """Processes that share each matrix."""
+
+    @property
+    def total(self) -> int:
+        return math.prod(astuple(self))
+
+    @property
+    def dp(self) -> int:
+        """Shares of the global batch."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def weight_shards(self) -> int:
+        """Processes over which FSDP2 shards parameters: those of a sequence hold the same, so they are among them."""
+        return self.dp_shard * self.sp if self.dp_shard > 1 else 1
+
+    def place(self, rank: int) -> dict[str, int]:
+        """Where a process stands along each dimension; the last one, ``tp``, counts fastest."""
+        found = {}
+        for field in reversed(fields(self)):
+            rank, found[field.name] = divmod(rank, getattr(self, field.name))
+        return found
+
+
+@dataclass(frozen=True)
 class World:
     """All processes of a run and this one's place among them.
 
-    ``mesh`` has the dimensions (dp_replicate, dp_shard) and is None when ``size`` is 1. ``dp_rank`` of ``dp_size``
-    says which share of the global batch this process takes.
+    ``mesh`` has the dimensions (pp, dp_replicate, dp_shard, sp, tp), each of which may be 1, and is None when ``size``
+    is 1. Processes that differ in ``pp``, ``sp`` or ``tp`` alone see the same samples.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    dp_rank: int
-    dp_size: int
-    dp_replicate: int
-    dp_shard: int
-    mesh: DeviceMesh | None
+    sizes: Sizes = Sizes()
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> World:
+        """One process."""
+        import torch
+
+        return cls(0, 1, 0, torch.device(device))
+
+    @property
+    def place(self) -> dict[str, int]:
+        """Where this process stands along each dimension of the mesh."""
+        return self.sizes.place(self.rank)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the ``dp_size`` shares of the global batch this process takes."""
+        place = self.place
+        return place["dp_replicate"] * self.sizes.dp_shard + place["dp_shard"]
+
+    @property
+    def dp_size(self) -> int:
+        return self.sizes.dp
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are sharded by FSDP2."""
+        return self.sizes.dp_shard > 1
+
+    def group(self, *dimensions: str) -> ProcessGroup:
+        """The processes that differ from this one along these dimensions of the mesh alone."""
+        assert self.mesh is not None, "one process has no groups"
+        return self.submesh(*dimensions).get_group()
+
+    def submesh(self, *dimensions: str) -> DeviceMesh:
+        """These dimensions of the mesh as one, flattened where they are several."""
+        assert self.mesh is not None, "one process has no mesh"
+        if len(dimensions) == 1:
+            return self.mesh[dimensions[0]]
+        return self.mesh[dimensions]._flatten("_".join(dimensions))
 
     @property
     def is_main(self) -> bool:
@@ -79,40 +154,47 @@ class World:
         return values
 
     def all_reduce_sum(self, value: Summand) -> Summand:
-        """The sum over all data-parallel ranks: a new tensor on the same device, or a float (summed in float64)."""
+        """The sum over the samples of all processes: a new tensor on the same device, or a float (summed in float64).
+
+        What peers in ``sp`` and ``tp`` have found of the same samples counts once. Of pipeline stages, those that know
+        nothing of the value have to give 0.
+        """
         if self.size == 1:
             return value
         import torch
         import torch.distributed as dist
 
+        peers = self.sizes.sp * self.sizes.tp
         if isinstance(value, torch.Tensor):
             total = value.detach().clone()
             dist.all_reduce(total)
-            return total
+            return total if peers == 1 else total / peers
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
-        return total.item()
+        return total.item() / peers
 
 
-def data_parallel_sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) for a number of processes; UserError if they do not fit."""
-    shard = parallel.dp_shard
+def sizes_of(parallel: ParallelConfig, processes: int) -> Sizes:
+    """The sizes of the mesh for a number of processes; UserError if they do not fit."""
+    of_model = {name: getattr(parallel, name) for name in ("pp", "dp_shard", "sp", "tp")}
+    each = math.prod(of_model.values())
+    said = " times ".join(f"parallel.{name} = {size}" for name, size in of_model.items() if size > 1)
     if parallel.dp_replicate == "auto":
-        if world_size % shard:
+        if processes % each:
             raise UserError(
-                f"parallel.dp_shard = {shard} does not divide the {world_size} processes of this run. "
-                f"Start a multiple of {shard} processes (torchrun --nproc-per-node {shard} -m kinema train ...) or "
-                f"set parallel.dp_shard to a divisor of {world_size}."
+                f"{said} does not divide the {processes} processes of this run. Start a multiple of {each} processes "
+                f"(torchrun --nproc-per-node {each} -m kinema train ...), or take sizes whose product divides "
+                f"{processes}."
             )
-        return world_size // shard, shard
-    replicate = parallel.dp_replicate
-    if replicate * shard != world_size:
+        return Sizes(dp_replicate=processes // each, **of_model)
+    sizes = Sizes(dp_replicate=parallel.dp_replicate, **of_model)
+    if sizes.total != processes:
+        said = " times ".join(filter(None, (f"parallel.dp_replicate = {sizes.dp_replicate}", said)))
         raise UserError(
-            f"parallel.dp_replicate = {replicate} times parallel.dp_shard = {shard} needs {replicate * shard} "
-            f"processes, but this run has {world_size}. Start it with torchrun --nproc-per-node "
-            f'{replicate * shard} -m kinema train ..., or set parallel.dp_replicate to "auto".'
+            f"{said} needs {sizes.total} processes, but this run has {processes}. Start it with torchrun "
+            f'--nproc-per-node {sizes.total} -m kinema train ..., or set parallel.dp_replicate to "auto".'
         )
-    return replicate, shard
+    return sizes
 
 
 def start(parallel: ParallelConfig, device: str | None = None) -> World:
@@ -126,19 +208,27 @@ def start(parallel: ParallelConfig, device: str | None = None) -> World:
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    replicate, shard = data_parallel_sizes(parallel, size)
+    sizes = sizes_of(parallel, size)
     where = _device(device, local_rank, size)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    mesh = None
     if size > 1:
         import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
 
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
-        mesh = init_device_mesh(where.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(rank, size, local_rank, where, rank, size, replicate, shard, mesh)
+    return lay_out(World(rank, size, local_rank, where), sizes)
+
+
+def lay_out(world: World, sizes: Sizes) -> World:
+    """The same processes on a mesh of these sizes. All of them have to call it together."""
+    assert sizes.total == world.size, f"{sizes} are not {world.size} processes"
+    if world.size == 1:
+        return world
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = tuple(field.name for field in fields(Sizes))
+    return replace(world, sizes=sizes, mesh=init_device_mesh(world.device.type, astuple(sizes), mesh_dim_names=names))
 
 
 def stop() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.data.files import absolute
 from kinema.dtypes import torch_dtype
-from kinema.errors import ConfigError, UserError
+from kinema.errors import UserError
+from kinema.sampling.first_picture import FirstPicture, check_begins, pictures_of, plan_pictures, promised, wanted
 from kinema.sampling.index import add_to_index, prepare_index, read_index, there_already
-from kinema.sampling.lists import DYNAMIC, Ask, read_list
+from kinema.sampling.lists import Ask, read_list
+from kinema.sampling.offload import check_offload, choose_offload, let_go, out_of_memory_advice
 from kinema.sampling.planning import Plan, companions, plan_of_asks
 from kinema.sampling.provenance import differences, essence, image_contents, machine_facts, weights_facts
 from kinema.sampling.repeat import FOLDER, open_origin, origin_weights, plan_repeat
+from kinema.sampling.settings import DYNAMIC, read_options
+from kinema.sampling.tiling import check_all_tiles
+from kinema.sampling.together import Rank, Together, check_together, together
 from kinema.sampling.weights import find_weights
-from kinema.sampling.wording import Wording, motion_of, without_dynamic, worded
+from kinema.sampling.wording import Wording, without_dynamic, worded
 from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -47,12 +51,22 @@ def sample(
     images: Sequence[Path | str] = (),
     height: int | None = None,
     width: int | None = None,
+    resolution: str | None = None,
+    aspect_ratio: str | None = None,
     frames: int | None = None,
     fps: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     image_guidance: float | None = None,
     shift: float | None = None,
+    condition: str | None = None,
+    text_osci: bool | None = None,
+    image_osci: bool | None = None,
+    temporal_osci: bool | None = None,
+    full_steps: int | None = None,
+    extend: int | None = None,
+    overlap: int | None = None,
+    edit: float | None = None,
     motion: float | str | None = None,
     aesthetic: float | None = None,
     tell_fps: bool | None = None,
@@ -65,11 +79,20 @@ def sample(
     device: str | None = None,
     dtype: str | None = None,
     ema: bool | None = None,
+    first: FirstPicture | None = None,
+    offload: str = "auto",
+    tiling: str | None = None,
+    tile_size: int | None = None,
+    tile_frames: int | None = None,
+    crf: int | None = None,
+    sp: int = 1,
 ) -> list[Path]:
     """Write ``num_samples`` files for each prompt, with the seeds ``seed``, ``seed`` + 1, ...; returns their paths.
 
     Files are ``OUT/<prompt's words>-<seed>.mp4``, or ``.png`` where ``frames`` is 1, each with its settings inside and
-    in a ``.json`` beside it; `index.jsonl` has a line for each. ``motion``, ``aesthetic`` and the frame rate are
+    in a ``.json`` beside it; `index.jsonl` has a line for each. ``resolution`` ("256px", "480p") and ``aspect_ratio``
+    ("16:9", "auto") say the size in the place of ``height`` and ``width``. ``condition``, the oscillation of guidance
+    and ``extend`` are in `kinema.families.steering.Steering`. ``motion``, ``aesthetic`` and the frame rate are
     written after each prompt as captions have them (see `kinema.sampling.request.told_scores`). What else is None is
     the run's preview setting, or what the variant's authors use.
 
@@ -81,34 +104,30 @@ def sample(
     ``refine_prompt``: a chat model at ``prompt_url`` writes the prompts out; with ``motion`` "dynamic" it gives their
     motion scores too.
 
-    Under torchrun the pipeline's calls are shared out over the ranks, and each rank returns the paths of its own.
+    ``first``: what draws a picture for every sample without one, which its video then begins with
+    (`kinema.sampling.first_picture`). ``offload``: what of the model is on the device only while it works
+    (`kinema.sampling.offload`). ``tiling``, ``tile_size``, ``tile_frames``: the autoencoder in tiles
+    (`kinema.sampling.tiling`). ``crf``: of the videos' compression, 0 (lossless) to 51.
+
+    Under torchrun the pipeline's calls are shared out over the ranks, and each rank returns the paths of its own. With
+    ``sp`` above 1 so many ranks draw each sample together (`kinema.sampling.together`), and the first of them has it.
     UserError, before anything is loaded, for what cannot be made.
     """
-    options: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "frames": frames,
-        "fps": fps,
-        "steps": steps,
-        "guidance": guidance,
-        "image_guidance": image_guidance,
-        "negative": negative,
-        "shift": shift,
-        "motion": motion_of(motion),
-        "aesthetic": aesthetic,
-        "tell_fps": tell_fps,
-        "seed": seed,
-        "num_samples": None if num_samples == 1 else num_samples,
-    }
+    given = locals()
     source: dict[str, Any] = {"run": run if run is None else Path(run), "model": model, "family": family}
     source |= {"variant": variant, "adapters": adapter, "ema": ema}
     pictures = [absolute(str(image)) for image in images]
-    rank = Rank.of_environment()
+    rank = Rank.of_environment(sp)
     with rank.one_voice():
+        rank.check()
+        options = read_options(given)
+        options["num_samples"] = None if num_samples == 1 else num_samples
         if dtype is not None and dtype not in DTYPES:
             near = did_you_mean(dtype, DTYPES)
             raise UserError(f"--dtype {dtype}: there is no such type{near} Known: {', '.join(DTYPES)}.")
+        check_offload(offload)
         _check_sources(prompts or (), prompt_list, repeat, rows, ignore_columns)
+        painter = wanted(first, pictures, repeat)
         folder = None if out is None else Path(out)
         if repeat is not None:
             if refine_prompt or options["motion"] == DYNAMIC:
@@ -117,9 +136,20 @@ def sample(
         else:
             listed = None if prompt_list is None else (str(prompt_list), rows, ignore_columns or ())
             wording = Wording(refine_prompt, prompt_url, prompt_model)
-            job = _job(prompts or (), listed, pictures, options, source, folder, wording, first=rank.number == 0)
+            job = _job(
+                prompts or (), listed, pictures, options, source, folder, wording, painter, first=rank.number == 0
+            )
+        check_all_tiles(job.plan.weights.family, [one.settings for one in job.plan.drawings])
+        check_together(sp, job.plan.weights.family)
         where, kind = _device_and_dtype(device or job.device, dtype or job.dtype, rank, device)
-    return _write_all(job, rank, where, kind, again=bool(again))
+    groups = job.plan.calls[rank.share :: rank.shares]
+    with out_of_memory_advice(where), together(sp, where) as others:
+        if job.first is not None:
+            own = pictures_of(groups, job.plan, job.first.plan)
+            said_once = "auto" if where.type == "cpu" else offload
+            _write_all(job.first, own, rank, others, where, kind, said_once, again=bool(again))
+            let_go(where)
+        return _write_all(job, groups, rank, others, where, kind, offload, again=bool(again))
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,8 @@ class Job:
     """The device and the type of the file that is drawn again, where there is one."""
     dtype: str | None = None
     stored: Mapping[str, Any] | None = None
+    first: Job | None = None
+    """What draws the pictures that its videos begin with."""
 
 
 def _check_sources(
@@ -156,15 +188,20 @@ def _job(
     source: Mapping[str, Any],
     folder: Path | None,
     wording: Wording,
+    painter: FirstPicture | None,
     *,
     first: bool,
 ) -> Job:
     weights = find_weights(**source)
+    drawer = None if painter is None else painter.weights()
+    if drawer is not None:
+        check_begins(weights)
     run = source["run"]
     folder = folder or (run / "samples" if run else Path("samples"))
     if listed is None:
         asks = [Ask(prompt, tuple(images)) for prompt in prompts]
         asks = worded(asks, weights, options, wording, folder, first=first)
+        asks = asks if drawer is None else promised(asks)
         plan = plan_of_asks(asks, weights, options, folder)
     else:
         location, rows, ignore = listed
@@ -174,9 +211,15 @@ def _job(
         rows_drawn = [ask for ask in asks if ask.row in chosen]
         answered = {ask.row: ask for ask in worded(rows_drawn, weights, options, wording, folder, first=first)}
         asks = [answered.get(ask.row, without_dynamic(ask)) for ask in asks]
+        asks = asks if drawer is None else promised(asks)
         options = {**options, "motion": None if options["motion"] == DYNAMIC else options["motion"]}
         plan = plan_of_asks(asks, weights, options, folder, whole=whole, chosen=chosen)
-    return Job(plan, weights_facts(weights, *(source[name] for name in ("model", "family", "variant"))))
+    facts = weights_facts(weights, *(source[name] for name in ("model", "family", "variant")))
+    if painter is None or drawer is None:
+        return Job(plan, facts)
+    own = {"steps": painter.steps, "guidance": painter.guidance}
+    plan, pictures = plan_pictures(plan, drawer, own, None if listed is None else listed[0])
+    return Job(plan, facts, first=Job(pictures, weights_facts(drawer, painter.model, painter.family, painter.variant)))
 
 
 def _job_again(
@@ -207,14 +250,24 @@ def _job_again(
 # -- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_all(job: Job, rank: Rank, device: torch.device, dtype: torch.dtype, *, again: bool) -> list[Path]:
-    """Load, draw and write; a file and its line in the index are there as soon as its sample is drawn."""
+def _write_all(
+    job: Job,
+    groups: Sequence[Sequence[int]],
+    rank: Rank,
+    others: Together,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str,
+    *,
+    again: bool,
+) -> list[Path]:
+    """Load, draw and write these calls of the job's plan; a file and its line in the index are there as soon as its
+    sample is drawn. Of ranks that draw together the first writes."""
     from kinema.sampling.pipeline import sample_many
     from kinema.sampling.weights import load_parts
     from kinema.sampling.writing import write_sidecar, write_video
 
     plan, weights = job.plan, job.plan.weights
-    groups = plan.calls[rank.number :: rank.count]
     machine = machine_facts(device, dtype)
     entry_of = _entries(plan, groups, {**job.facts, **machine})
     names = {i: plan.drawings[i].file for group in groups for i in group if plan.drawings[i].file}
@@ -224,7 +277,7 @@ def _write_all(job: Job, rank: Rank, device: torch.device, dtype: torch.dtype, *
         there = not again and (plan.folder / names[i]).is_file()
         return there and there_already(plan.folder, names[i], essence(entry_of(i)), index)
 
-    there = {i for i in names if is_there(i)}
+    there = others.agreed({i for i in names if is_there(i)})
     groups = tuple(group for group in groups if any(i in names and i not in there for i in group))
     settings = [plan.drawings[i].settings for group in groups for i in group]
     with _progress(settings, rank) as (on_step, say):
@@ -233,21 +286,34 @@ def _write_all(job: Job, rank: Rank, device: torch.device, dtype: torch.dtype, *
         if there:
             say(f"{len(there)} of {len(names)} are there already; --again draws them anew.")
         if groups:
-            prepare_index(plan.folder, [name for i, name in names.items() if i not in there])
+            if rank.writes:
+                prepare_index(plan.folder, [name for i, name in names.items() if i not in there])
             say(f"Loading {weights.label}")
-            pipeline = weights.family.pipeline(load_parts(weights, device, dtype))
+            kind, note = choose_offload(offload, weights.family, device, dtype)
+            if note:
+                say(note)
+            parts = load_parts(weights, device if kind == "none" else "cpu", dtype)
+            others.split(weights.family, parts)
+            pipeline = weights.family.pipeline(parts)
             pipeline.set_progress_bar_config(disable=True)
             samples = sample_many(
-                weights.family, pipeline, settings, device, on_step, groups=_positions(map(len, groups))
+                weights.family,
+                pipeline,
+                settings,
+                device,
+                on_step,
+                groups=_positions(map(len, groups)),
+                offload=kind,
             )
             for i, frames in zip([i for group in groups for i in group], samples, strict=True):
-                if i in names and i not in there:
+                if rank.writes and i in names and i not in there:
                     path, entry = plan.folder / names[i], entry_of(i)
-                    write_video(frames, path, plan.drawings[i].fps, entry)
+                    write_video(frames, path, plan.drawings[i].fps, entry, plan.drawings[i].crf)
                     write_sidecar(path, entry)
                     add_to_index(plan.folder, {"file": path.name, **entry})
                     say(str(path))
-    return [plan.folder / name for name in names.values()]
+    others.agreed(None)  # they wait for what the first has written
+    return [plan.folder / name for name in names.values()] if rank.writes else []
 
 
 def _entries(plan: Plan, groups: Sequence[Sequence[int]], facts: Mapping[str, Any]) -> Callable[[int], dict[str, Any]]:
@@ -279,29 +345,6 @@ def _machine_notes(stored: Mapping[str, Any] | None, machine: Mapping[str, Any])
     other = [name for name in names if name in stored and stored[name] != machine.get(name)]
     said = "; ".join(f"{name} was {stored[name]}, is {machine.get(name)}" for name in other)
     return [f"Bytes may differ in rounding from the file's: {said}."] if other else []
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Which of torchrun's processes this is; they share the samples out and need not talk to each other."""
-
-    number: int
-    count: int
-    local: int
-
-    @classmethod
-    def of_environment(cls) -> Rank:
-        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
-
-    @contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """What all ranks find wrong, the first alone says."""
-        try:
-            yield
-        except UserError as error:
-            if self.number:
-                raise ConfigError(str(error)) from error
-            raise
 
 
 def _device_and_dtype(
@@ -336,14 +379,15 @@ def _progress(settings: Sequence[SampleSettings], rank: Rank) -> Iterator[tuple[
     columns = (TextColumn("[bold]sampling"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
     silent = not console.is_terminal or rank.number > 0 or not settings
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=silent)
-    task = bar.add_task("sampling", total=sum(one.steps for one in settings))
+    task = bar.add_task("sampling", total=sum(one.all_steps for one in settings))
 
     def on_step(group: Sequence[int], _step: int, _steps: int) -> None:
         bar.advance(task, len(group))
 
     def say(text: str) -> None:
-        of_rank = f"rank {rank.number}: " if rank.count > 1 else ""
-        console.print(of_rank + text, highlight=False, markup=False, soft_wrap=True)
+        of_rank = f"rank {rank.number}: " if rank.shares > 1 else ""
+        if rank.writes:
+            console.print(of_rank + text, highlight=False, markup=False, soft_wrap=True)
 
     with bar:
         yield on_step, say

@@ -13,6 +13,7 @@ from typing import Any
 
 from kinema.data.files import absolute, join, parent, read_bytes, suffix
 from kinema.errors import UserError
+from kinema.sampling.settings import COLUMNS
 from kinema.suggest import did_you_mean
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
@@ -25,52 +26,6 @@ NAMES = {
 """What a row holds besides settings, and what its column may be called."""
 MOST_MISTAKES = 100
 """Lines of one message, so that a list of thousands of rows does not flood a terminal."""
-
-
-DYNAMIC = "dynamic"
-"""The motion score that a chat model gives."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting that a row may have, as the option of the same name."""
-
-    kind: type[int] | type[float]
-    least: float | None = None
-    word: str | None = None
-    """A word that may stand in the number's place."""
-
-    def read(self, value: Any) -> int | float | str:
-        """The value of a cell; UserError for what is no such number."""
-        if self.word is not None and str(value).strip() == self.word:
-            return self.word
-        what = "a whole number" if self.kind is int else "a number"
-        what += "" if self.least is None else f" from {self.least:g} on"
-        try:
-            number = float(value)
-            exact = int(str(value)) if self.kind is int and re.fullmatch(r"[+-]?\d+", str(value).strip()) else number
-        except (TypeError, ValueError):
-            raise UserError(f"'{value}' is not {what}") from None
-        whole = not isinstance(value, bool) and math.isfinite(number) and (self.kind is float or exact == int(exact))
-        if not whole or (self.least is not None and number < self.least):
-            raise UserError(f"{value} is not {what}")
-        return self.kind(exact)
-
-
-SETTINGS = {
-    "seed": Setting(int, 0),
-    "num_samples": Setting(int, 1),
-    "height": Setting(int, 1),
-    "width": Setting(int, 1),
-    "frames": Setting(int, 1),
-    "fps": Setting(float, 0.1),
-    "steps": Setting(int, 1),
-    "guidance": Setting(float, 0),
-    "image_guidance": Setting(float, 0),
-    "shift": Setting(float, 0),
-    "motion": Setting(float, word=DYNAMIC),
-    "aesthetic": Setting(float),
-}
 
 
 @dataclass(frozen=True)
@@ -164,7 +119,7 @@ def _table(location: str) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     names: dict[str, None] = {}
-    for batch in raw_batches(location):
+    for batch in raw_batches(location, derived=True):
         fields = [batch.schema.field(i) for i in range(batch.num_columns)]
         names.update(dict.fromkeys(one.name for one in fields))
         for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -176,7 +131,7 @@ def _table(location: str) -> list[dict[str, Any]]:
 def _columns(location: str, names: Iterable[str], ignore: Sequence[str]) -> dict[str, str]:
     """{a column's name: what it is to kinema}; UserError for names that say nothing, or two that say the same."""
     there = [name for name in names if name and not name.startswith("__index_level_")]  # the index of pandas
-    known = {alias: key for key, aliases in NAMES.items() for alias in aliases} | {name: name for name in SETTINGS}
+    known = {alias: key for key, aliases in NAMES.items() for alias in aliases} | {name: name for name in COLUMNS}
     for name in ignore:
         if name not in there:
             raise UserError(f"--ignore-columns {name}: {location} has no such column{did_you_mean(name, there)}")
@@ -222,7 +177,7 @@ def _ask(number: int, row: Mapping[str, Any], location: str) -> tuple[Ask, list[
         wrong.append("text: there is no prompt")
     images = take("images", lambda value: _references(value, location)) or ()
     name = take("name", file_stem)
-    options = {key: take(key, one.read) for key, one in SETTINGS.items()} | {"negative": take("negative", _words)}
+    options = {key: take(key, one.read) for key, one in COLUMNS.items()} | {"negative": take("negative", _words)}
     given = {key: value for key, value in options.items() if value is not None}
     return Ask(prompt or "", images, name, number, given), wrong
 

@@ -16,13 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from kinema.data.files import file_name
 from kinema.errors import UserError
+from kinema.families.steering import NAMES, Steering
+from kinema.sampling.extension import extended
+from kinema.sampling.offload import offloaded
+from kinema.sampling.oscillation import step_end
+from kinema.sampling.references import shown
+from kinema.sampling.tiling import tiles
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
     from torch import Tensor, nn
 
     from kinema.families.base import Family
+    from kinema.sampling.offload import Offload
 
 BATCH_PIXELS = 2**19
 """Pixels, over all frames, that one pipeline call draws at most, where that is more than one sample: small samples
@@ -34,8 +40,9 @@ OnStep = Callable[[Sequence[int], int, int], None]
 
 
 @dataclass(frozen=True)
-class SampleSettings:
-    """Everything that decides what one sample looks like, given the weights."""
+class SampleSettings(Steering):
+    """Everything that decides what one sample looks like, given the weights; what it is told of frames, of guidance
+    that oscillates and of further stretches is in `Steering`."""
 
     prompt: str
     height: int
@@ -51,14 +58,31 @@ class SampleSettings:
     images: tuple[Path | str, ...] = ()
     """First (and last) frame for image-to-video, control pictures for edit models, as paths or addresses; each is
     scaled to cover the sample's size and cropped at the centre."""
+    fps: float | None = None
+    """The sample's frames a second, which videos among ``images`` are read at; None: their own."""
     shift: float | None = None
     """Time shift of the schedule; None leaves the pipeline's scheduler as it is."""
     text_length: int | None = None
     """Tokens of text that the network sees; None is the pipeline's own default."""
+    tiling: str = "auto"
+    """Whether the autoencoder works in tiles: `kinema.sampling.tiling.Tiling`."""
+    tile_size: int | None = None
+    """Pixels of such a tile in height and width; None: as the autoencoder has it."""
+    tile_frames: int | None = None
+    """Its frames, of autoencoders that have tiles in time; None: as the family has it."""
 
     def to_json(self) -> dict[str, Any]:
         """The settings as they are stored in a file's metadata."""
-        return {**asdict(self), "images": [file_name(str(image)) for image in self.images]}
+        return {**self.entry(), "images": [file_name(str(image)) for image in self.images]}
+
+    def entry(self) -> dict[str, Any]:
+        """The settings by name, without steering that says nothing."""
+        return {name: value for name, value in asdict(self).items() if name not in NAMES} | self.said
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all stretches."""
+        return self.steps * (1 + (self.extend or 0))
 
     @property
     def call(self) -> tuple[Any, ...]:
@@ -71,8 +95,13 @@ class SampleSettings:
             self.guidance,
             self.image_guidance,
             self.images,
+            self.fps if self.images else None,
             self.shift,
             self.text_length,
+            *(getattr(self, name) for name in NAMES),
+            self.tiling,
+            self.tile_size,
+            self.tile_frames,
         )
 
 
@@ -86,6 +115,7 @@ def sample_many(
     batch: int | None = None,
     texts: Texts | None = None,
     groups: Sequence[Sequence[int]] | None = None,
+    offload: Offload = "none",
 ) -> Iterator[Tensor]:
     """Samples of the pipeline in the order of ``settings``: pixels in [-1, 1], float32 [C, T, H, W] on the CPU.
 
@@ -93,21 +123,23 @@ def sample_many(
     `BATCH_PIXELS` allows); ``groups`` says the calls instead, and its order is that of the samples. The size of a call
     changes the last digits of what it draws. Text encoders are moved to ``device`` for their turn, the other parts for
     the length of the sampling, and all of them back to where they were. ``texts``: embeddings from before; the pipeline
-    then needs no text encoder for the texts that they hold.
+    then needs no text encoder for the texts that they hold. ``offload``: what is on the device only while it works; all
+    parts have to be on the CPU then.
     """
     if groups is None:
         groups = calls(family, settings, batch)
     texts = texts or Texts(pipeline)
-    texts.encode(settings, device)
-    held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
-    with _on_device(held, device):
+    with _placed(family, pipeline, texts, settings, device, offload):
         for group in groups:
             members = [settings[i] for i in group]
             arguments = _arguments(family, pipeline, members) | texts.arguments(members)
-            if on_step is not None and "callback_on_step_end" in _parameters(pipeline):
-                arguments["callback_on_step_end"] = _reporter(on_step, group, members[0].steps)
-            with _schedule(pipeline, members[0].shift):
+            after = step_end(family, members[0], arguments.get(family.guidance_argument), group, on_step)
+            if after is not None and "callback_on_step_end" in _parameters(pipeline):
+                arguments["callback_on_step_end"] = after
+            with _schedule(pipeline, members[0].shift), tiles(pipeline, members[0]):
                 drawn = pipeline(**arguments)[0]
+                if members[0].extend:
+                    drawn = extended(family, pipeline, members, arguments, drawn)
             for pixels in drawn:  # [T, C, H, W] of a video, [C, H, W] of a picture, in [0, 1]
                 video = pixels.permute(1, 0, 2, 3) if pixels.ndim == 4 else pixels[:, None]
                 yield video.float().cpu() * 2 - 1
@@ -119,6 +151,8 @@ def calls(family: Family, settings: Sequence[SampleSettings], batch: int | None 
     groups: list[list[int]] = []
     for i, one in enumerate(settings):
         size = batch or max(1, min(BATCH_LIMIT, BATCH_PIXELS // (one.height * one.width * one.frames)))
+        if one.extend and family.from_image:
+            size = 1  # every stretch has a first frame of its own
         if groups and len(groups[-1]) < size and settings[groups[-1][0]].call == one.call:
             groups[-1].append(i)
         else:
@@ -145,33 +179,15 @@ def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings])
     }
     if "num_frames" in known:
         arguments["num_frames"] = first.frames
-    pictures = [picture(path, first.height, first.width) for path in first.images]
+    cuts = family.reference_cuts(first.condition, len(first.images))
+    pictures = shown(first.images, cuts, first.fps, first.height, first.width)
     arguments |= family.sampling_arguments(first.guidance, pictures, first.text_length)
+    arguments |= family.steering_arguments(first)
     if first.image_guidance is not None:
         arguments["image_guidance_scale"] = first.image_guidance
     unknown = sorted(set(arguments) - set(known))
     assert not unknown, f"{type(pipeline).__name__} takes no {', '.join(unknown)}"
     return arguments
-
-
-def picture(path: Path | str, height: int, width: int) -> Image.Image:
-    """A picture (or the first frame of a video) at the sample's size, by the transform of training clips."""
-    from PIL import Image
-
-    from kinema.data.buckets import Clip
-    from kinema.data.media import decode_clip
-    from kinema.data.transform import Transform
-
-    pixels = decode_clip(path, Clip(), Transform(height, width))
-    return Image.fromarray(pixels[:, 0].transpose(1, 2, 0))
-
-
-def _reporter(on_step: OnStep, group: Sequence[int], steps: int) -> Callable[..., dict[str, Any]]:
-    def report(_pipeline: Any, index: int, _time: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(group, index + 1, steps)
-        return {}
-
-    return report
 
 
 class Texts:
@@ -192,8 +208,11 @@ class Texts:
         self.default_length: int | None = None if length is None else length.default
         self.found: dict[tuple[str, int | None], Tensor | list[Tensor]] = {}
 
-    def encode(self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu") -> None:
-        """Encode on ``device`` the texts of these samples that are not known yet, if that can be done apart."""
+    def encode(
+        self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu", *, move: bool = True
+    ) -> None:
+        """Encode on ``device`` the texts of these samples that are not known yet, if that can be done apart; ``move``:
+        the encoders have to be moved there for it."""
         if not self.apart:
             return
         wanted = {
@@ -203,7 +222,7 @@ class Texts:
         }
         missing = sorted(wanted - self.found.keys())
         if missing:
-            with _on_device(_text_encoders(self.pipeline), device):
+            with _on_device(_text_encoders(self.pipeline) if move else [], device):
                 self.found.update((key, self._encode(*key, device)) for key in missing)
 
     def _encode(self, text: str, length: int | None, device: torch.device | str) -> Tensor | list[Tensor]:
@@ -256,6 +275,30 @@ def _modules(pipeline: Any) -> list[tuple[str, nn.Module]]:
     from torch import nn
 
     return [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+
+
+@contextmanager
+def _placed(
+    family: Family,
+    pipeline: Any,
+    texts: Texts,
+    settings: Sequence[SampleSettings],
+    device: torch.device | str,
+    offload: Offload,
+) -> Iterator[None]:
+    """The texts encoded, and the parts on the device: for the length of the sampling, or in turn."""
+    if offload != "none":
+        networks = [family.folder(part) for part in family.variant.parts if part.startswith("network")]
+        encoders = [name for name, _ in _modules(pipeline) if _is_text_encoder(pipeline, name)]
+        together = encoders if texts.apart else ()  # for every text, one after another
+        with offloaded(pipeline, networks, device, offload, together):
+            texts.encode(settings, device, move=False)
+            yield
+        return
+    texts.encode(settings, device)
+    held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
+    with _on_device(held, device):
+        yield
 
 
 @contextmanager

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kinema.errors import UserError
+from kinema.families.base import Family
+from kinema.families.steering import FULL_STEPS, NAMES, Steering, whole_length
 from kinema.sampling.lists import Ask, Mistake, PromptList, mistakes_message
 from kinema.sampling.pipeline import SampleSettings, calls
+from kinema.sampling.references import frames_at
 from kinema.sampling.request import (
     RunDefaults,
     check_image_count,
@@ -25,11 +28,16 @@ from kinema.sampling.request import (
     told,
     told_scores,
 )
+from kinema.sampling.sizes import asked_size, merged
 from kinema.sampling.weights import Weights
-from kinema.sampling.writing import suffix
+from kinema.sampling.writing import CRF, suffix
 
 _LOGIN = re.compile(r"(?<=://)[^/@]*@")
 _SECRET = re.compile(r"(?i)([?&][\w.-]*(?:sig|token|key|secret|credential|passw|auth)[\w.-]*=)[^&#]*?(?=&|#|::|$)")
+
+
+PROMISED = "(first picture)"
+"""Stands for a picture that is drawn before the sample (`kinema.sampling.first_picture`)."""
 
 
 def without_secrets(location: str) -> str:
@@ -43,7 +51,8 @@ class Drawing:
     """One sample that is to be drawn, and what its file will be called and say of itself."""
 
     settings: SampleSettings
-    fps: float
+    crf: int = CRF
+    """How a video is compressed; 0 is lossless."""
     file: str = ""
     """Empty where it is drawn for the sake of others in its call, and not written."""
     row: int | None = None
@@ -51,10 +60,21 @@ class Drawing:
     """``text``, the prompt without its scores, and ``scores``, where it has some; ``asked``, what a chat model made it
     of, and ``worded_by``, which."""
 
+    length: int | None = None
+    """Frames of the whole video, where it has more than one stretch."""
+
+    @property
+    def fps(self) -> float:
+        """Frames a second of its file."""
+        assert self.settings.fps is not None, "a drawing is planned with a rate"
+        return self.settings.fps
+
     def entry(self) -> dict[str, Any]:
         """Its settings as they are stored, but for what is known of weights, contents and the machine."""
         images = [without_secrets(str(one)) for one in self.settings.images]
-        return {**asdict(self.settings), "images": images, "fps": self.fps, **self.text}
+        length = {} if self.length is None else {"length": self.length}
+        quality = {"crf": self.crf} if self.settings.frames > 1 else {}
+        return {**self.settings.entry(), "images": images, **length, **quality, **self.text}
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ def plan_of_asks(
     drawings: list[Drawing] = []
     for ask in asks:
         try:
-            drawings += _drawings(ask, weights, {**options, **ask.options}, defaults)
+            drawings += _drawings(ask, weights, merged(options, ask.options), defaults)
         except UserError as error:
             if ask.row is None:
                 raise
@@ -108,16 +128,16 @@ def plan_of_asks(
     if whole is not None:
         places = {row: place for place, row in enumerate(chosen)}
         picked.sort(key=lambda one: places[one.row or 0])
-    mistakes += check_references(picked)
+    mistakes += check_references(picked, weights.family)
     first = dict(reversed([(one.file, place) for place, one in enumerate(picked)]))
     once = [one for place, one in enumerate(picked) if first[one.file] == place]
     twice = len(picked) - len(once)
     mistakes = [one for one in mistakes if one.row in rows]
     if mistakes and whole is not None:
         raise UserError(mistakes_message(whole.location, mistakes, len(rows)))
-    notes = (f"{twice} of {len(picked)} samples are asked for twice, and drawn once.",) if twice else ()
+    notes = [f"{twice} of {len(picked)} samples are asked for twice, and drawn once."] if twice else []
     groups = calls(weights.family, [one.settings for one in once])
-    return Plan(weights, tuple(once), folder, tuple(map(tuple, groups)), notes)
+    return Plan(weights, tuple(once), folder, tuple(map(tuple, groups)), (*notes, *_steering_notes(once)))
 
 
 def _drawings(ask: Ask, weights: Weights, options: Mapping[str, Any], defaults: RunDefaults) -> Iterator[Drawing]:
@@ -125,8 +145,13 @@ def _drawings(ask: Ask, weights: Weights, options: Mapping[str, Any], defaults: 
     family, config = weights.family, weights.config
     known = {name: options[name] for name in vars(defaults) if options.get(name) is not None}
     wanted = replace(defaults, **known)
-    check_size(family, wanted.height, wanted.width, wanted.frames, "--" if ask.row is None else "")
-    check_image_count(family, ask.images, "--image" if ask.row is None else "ref")
+    prefix = "--" if ask.row is None else ""
+    there = [image for image in ask.images if image != PROMISED]
+    height, width = asked_size(family, defaults, options, there, prefix)
+    check_size(family, height, width, wanted.frames, prefix)
+    steering, length = _steering(family, options, wanted.frames)
+    if not steering.has_strategy:  # which says how many it takes
+        check_image_count(family, ask.images, "--image" if ask.row is None else "ref")
     check_image_guidance(family, options.get("image_guidance"))
     scores = told_scores(
         config, wanted.frames, wanted.fps, options.get("motion"), options.get("aesthetic"), options.get("tell_fps")
@@ -136,8 +161,8 @@ def _drawings(ask: Ask, weights: Weights, options: Mapping[str, Any], defaults: 
     for seed in range(first, first + (options.get("num_samples") or 1)):
         settings = SampleSettings(
             prompt=prompt,
-            height=wanted.height,
-            width=wanted.width,
+            height=height,
+            width=width,
             frames=wanted.frames,
             steps=wanted.steps,
             guidance=wanted.guidance,
@@ -145,12 +170,49 @@ def _drawings(ask: Ask, weights: Weights, options: Mapping[str, Any], defaults: 
             seed=seed,
             negative=wanted.negative,
             images=ask.images,
+            fps=wanted.fps,
             shift=options.get("shift"),
             text_length=family.text_length,
+            tiling=options.get("tiling") or "auto",
+            tile_size=options.get("tile_size"),
+            tile_frames=options.get("tile_frames"),
+            **steering.said,
         )
         text = {"text": ask.prompt, "scores": scores} if scores else {}
         text |= ask.told
-        yield Drawing(settings, wanted.fps, "", ask.row, text)
+        crf = options.get("crf")
+        yield Drawing(settings, CRF if crf is None else crf, row=ask.row, text=text, length=length)
+
+
+def _steering(family: Family, options: Mapping[str, Any], frames: int) -> tuple[Steering, int | None]:
+    """What of the options steers a sample, and the length of the whole video where it is extended; UserError where
+    options of stretches come without a stretch."""
+    asked = Steering(**{name: options.get(name) for name in NAMES})
+    if not asked.extend:
+        for name in ("overlap", "edit"):
+            if (value := getattr(asked, name)) is not None:
+                raise UserError(f"--{name} {value:g}: no stretch is added; it belongs to --extend.")
+        return replace(asked, extend=None), None
+    if frames == 1:
+        raise UserError(f"--extend {asked.extend}: a sample of 1 frame is a picture; ask for more --frames.")
+    return asked, whole_length(asked, frames, family.stretch_overlap(frames, asked.overlap))
+
+
+def _steering_notes(drawings: Sequence[Drawing]) -> list[str]:
+    """What was asked for and changes nothing."""
+    idle = [one.settings for one in drawings if one.settings.text_osci and one.settings.steps <= _low(one.settings)]
+    if not idle:
+        return []
+    return [
+        f"--text-osci changes nothing in {idle[0].steps} steps: the first low one is number {_low(idle[0]) + 1}. "
+        "--full-steps makes it an earlier one."
+    ]
+
+
+def _low(settings: SampleSettings) -> int:
+    """The number of the first low step of an oscillation, from 0."""
+    full = FULL_STEPS if settings.full_steps is None else settings.full_steps
+    return full + 1 - full % 2
 
 
 def _named(drawings: Sequence[Drawing], asks: Sequence[Ask], mistakes: list[Mistake]) -> list[Drawing]:
@@ -176,7 +238,7 @@ def _named(drawings: Sequence[Drawing], asks: Sequence[Ask], mistakes: list[Mist
 
 
 def _same(one: Drawing, other: Drawing) -> bool:
-    return (one.settings, one.fps) == (other.settings, other.fps)
+    return (one.settings, one.crf) == (other.settings, other.crf)
 
 
 def _digest(one: Drawing) -> str:
@@ -184,26 +246,39 @@ def _digest(one: Drawing) -> str:
     return hashlib.blake2b(json.dumps(one.entry(), sort_keys=True).encode(), digest_size=3).hexdigest()
 
 
-def check_references(drawings: Sequence[Drawing]) -> list[Mistake]:
-    """Look at every picture that a drawing needs, each once. Those of rows that cannot be read are returned; any other
-    is a UserError."""
-    outcome: dict[str, str] = {}
+def check_references(drawings: Sequence[Drawing], family: Family) -> list[Mistake]:
+    """Look at every picture and video that a drawing needs, each once, and whether the family can be told what the
+    drawing asks for. What is wrong with rows is returned; anything else is a UserError."""
+    found: dict[tuple[str, float | None], int | UserError] = {}
     mistakes = []
     for one in drawings:
-        for image in map(str, one.settings.images):
-            if image not in outcome:
-                from kinema.data.media import probe
-
-                try:
-                    probe(image)
-                    outcome[image] = ""
-                except UserError as error:
-                    outcome[image] = str(error)
-            if outcome[image] and one.row is None:
-                raise UserError(outcome[image])
-            if outcome[image] and one.row is not None:
-                mistakes.append(Mistake(one.row, f"ref: {outcome[image]}"))
+        settings = one.settings
+        lengths = [_length(str(image), settings.fps, found) for image in settings.images]
+        wrong = [known for known in lengths if isinstance(known, UserError)]
+        try:
+            if wrong:
+                raise UserError(str(wrong[0]) if one.row is None else f"ref: {wrong[0]}")
+            known_lengths = [known for known in lengths if isinstance(known, int)]
+            family.check_steering(settings, settings.frames, settings.guidance, known_lengths)
+        except UserError as error:
+            if one.row is None:
+                raise
+            mistakes.append(Mistake(one.row, str(error).removeprefix("--")))
     return list(dict.fromkeys(mistakes))
+
+
+def _length(image: str, fps: float | None, found: dict[tuple[str, float | None], int | UserError]) -> int | UserError:
+    """Frames of a picture or a video at a rate, or what is wrong with it; ``found`` remembers."""
+    if image == PROMISED:
+        return 1
+    if (image, fps) not in found:
+        from kinema.data.media import known_info
+
+        try:
+            found[image, fps] = frames_at(known_info(image), fps)[0]
+        except UserError as error:
+            found[image, fps] = error
+    return found[image, fps]
 
 
 def companions(group: Sequence[SampleSettings], place: int) -> dict[str, Any]:

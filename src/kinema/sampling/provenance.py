@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
+from kinema.families.steering import NAMES
 from kinema.machine import describe_machine
 from kinema.sampling.weights import Weights, find_weights, weights_at
 
@@ -107,8 +108,8 @@ def machine_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def essence(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an entry has to agree for a file to be what is asked for."""
-    return {key: value for key, value in entry.items() if key not in VOLATILE}
+    """What of an entry has to agree for a file to be what is asked for; what does not steer it says so too."""
+    return dict.fromkeys(NAMES) | {key: value for key, value in entry.items() if key not in VOLATILE}
 
 
 # -- the way back ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from kinema.sampling.planning import Drawing, Plan, check_references, plan_of_as
 from kinema.sampling.provenance import image_contents, stored_adapters, weights_of
 from kinema.sampling.request import RunDefaults
 from kinema.sampling.weights import Weights, find_weights
-from kinema.sampling.writing import read_metadata
+from kinema.sampling.writing import CRF, read_metadata
 
 FOLDER = "repeats"
 """Where repeats go by default, in the folder of the file: they never overwrite it."""
@@ -97,9 +97,11 @@ def plan_repeat(
     members = [_settings({**vars(own), **other}) for other in batch["others"]]
     members.insert(batch["place"], own)
     text = {name: origin.stored[name] for name in ("text", "scores", *WORDED) if name in origin.stored}
-    drawings = [Drawing(one, origin.stored["fps"]) for one in members]
+    crf = origin.stored.get("crf", CRF)
+    length = origin.stored.get("length")
+    drawings = [Drawing(one, crf, length=length) for one in members]
     drawings[batch["place"]] = replace(drawings[batch["place"]], file=origin.path.name, text=text)
-    check_references(drawings)
+    check_references(drawings, weights.family)
     return Plan(weights, tuple(drawings), folder, (tuple(range(len(members))),))
 
 
@@ -115,13 +117,25 @@ def _variation(
     scores = stored.get("scores", {})
     names = {one.name for one in fields(RunDefaults)}
     defaults = RunDefaults(**{name: stored[name] for name in names & set(stored)})
-    kept = {"seed": own.seed, "shift": own.shift, "tell_fps": "fps" in scores if scores else None}
+    kept: dict[str, Any] = {"seed": own.seed, "shift": own.shift, "crf": stored.get("crf")}
+    kept["tell_fps"] = "fps" in scores if scores else None
+    kept |= _kept_tiles(own, changed) | own.said
+    if changed.get("extend") == 0:
+        kept = {name: value for name, value in kept.items() if name not in ("overlap", "edit")}
     kept |= {name: scores[name] for name in ("motion", "aesthetic") if name in scores}
     pictures = tuple(images) or tuple(map(str, own.images))
     told = {name: stored[name] for name in WORDED if name in stored}
     same = Ask(stored.get("text", own.prompt), pictures, told=told)
     asks = [Ask(prompt, pictures) for prompt in prompts] or [same]
     return plan_of_asks(asks, weights, {**kept, **changed}, folder, defaults=defaults)
+
+
+def _kept_tiles(own: SampleSettings, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The tiles of a sample, but for those that contradict what is changed."""
+    sizes = {"tile_size": own.tile_size, "tile_frames": own.tile_frames}
+    if changed.get("tiling") == "off":
+        return {}
+    return sizes if own.tiling == "off" and sizes.keys() & changed.keys() else {"tiling": own.tiling, **sizes}
 
 
 def _settings(values: Mapping[str, Any]) -> SampleSettings:

@@ -58,7 +58,7 @@ def defaults_of_run(config: Config, family: Family) -> RunDefaults:
 def _usual_size(config: BucketConfig, family: Family) -> Bucket:
     """The bucket that stands for a configuration: the first of explicit sizes, else of the first resolution the one
     nearest to a square, with the longest clips."""
-    buckets = bucket_groups(config, family.grid, family.frame_stride)[0].buckets
+    buckets = bucket_groups(config, family.grid, family.lengths)[0].buckets
     if config.sizes is not None:
         height, width = config.sizes[0][:2]
         return max(b for b in buckets if (b.height, b.width) == (height, width))
@@ -71,21 +71,21 @@ def check_size(family: Family, height: int, width: int, frames: int, prefix: str
 
     ``prefix`` comes before the names of the options: ``--`` or ``preview.``.
     """
-    grid, stride = family.grid, family.frame_stride
+    grid, lengths = family.grid, family.lengths
     for name, value in (("height", height), ("width", width)):
         if value < grid or value % grid:
-            near = _nearest(value, grid, grid)
+            near = _nearest(value, grid)
             raise UserError(f"{prefix}{name} {value}: {family.name} makes multiples of {grid}; nearest: {near}.")
     if family.variant.modality == "image" and frames != 1:
         raise UserError(f"{prefix}frames {frames}: {family.variant.name} makes pictures, which have 1 frame.")
-    if frames < 1 or (frames - 1) % stride:
-        near = _nearest(frames, stride, 1)
-        raise UserError(f"{prefix}frames {frames}: {family.name} makes {stride} k + 1 frames; nearest: {near}.")
+    if frames not in lengths:
+        near = " or ".join(map(str, lengths.nearest(frames)))
+        raise UserError(f"{prefix}frames {frames}: {family.name} makes {lengths} frames; nearest: {near}.")
 
 
-def _nearest(value: int, step: int, first: int) -> str:
-    """The values first, first + step, ... on both sides of ``value``."""
-    below = first + max(0, (value - first) // step) * step
+def _nearest(value: int, step: int) -> str:
+    """The multiples of ``step`` on both sides of ``value``, from the first on."""
+    below = max(1, value // step) * step
     return str(below) if value < below else f"{below} or {below + step}"
 
 
@@ -123,15 +123,12 @@ def check_image_guidance(family: Family, scale: float | None, name: str = "--ima
 def told_scores(
     config: Config | None, frames: int, fps: float, motion: float | None, aesthetic: float | None, tell_fps: bool | None
 ) -> dict[str, float]:
-    """The scores that a prompt is to end with, by name: those asked for. UserError for what is no score.
+    """The scores that a prompt is to end with, by name: those asked for. UserError for the frame rate of a picture.
 
     ``tell_fps`` None: the frame rate is told beside another score, unless the request is of a run (``config``) whose
     captions did not tell it, or of a picture.
     """
     scores = {name: value for name, value in (("motion", motion), ("aesthetic", aesthetic)) if value is not None}
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise UserError(f"--{name} {value:g}: a score is a number, such as the captions of the training had.")
     if tell_fps and frames == 1:
         raise UserError("--tell-fps: a picture has no frame rate; leave it away.")
     if tell_fps is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +17,13 @@ from kinema.config.schema import Config, ModelConfig
 from kinema.errors import UserError
 from kinema.families.base import Family, Parts
 from kinema.families.registry import family_class, family_names, open_family
+from kinema.runs.checkpoint_list import Checkpoint, list_checkpoints
+from kinema.runs.exports import DESCRIPTION, read_export, step_of
+from kinema.runs.newest import newest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from kinema.training.checkpoint_list import Checkpoint
-
-_STEP = re.compile(r"step-(\d{8,})(?:-\d+)?")
-PIECE = 2**28
-"""Elements of a checkpoint that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,6 @@ def _index_on_hub(model: str) -> Path:
 def _of_export(path: Path) -> Weights | None:
     """An export, or a directory inside one; None if it is neither."""
     from kinema.config.load import load_config
-    from kinema.training.export import DESCRIPTION, read_export
 
     place = next((place for place in (path, path.parent) if (place / DESCRIPTION).is_file()), None)
     export = None if place is None else read_export(place)
@@ -174,28 +170,23 @@ def _of_run(run: Path, ema: bool) -> Weights:
     checkpoints will do.
     """
     from kinema.config.load import load_config
-    from kinema.training.checkpoint_list import list_checkpoints
-    from kinema.training.export import list_exports
 
     if not run.is_dir():
         raise UserError(f"--run {run}: there is no such directory.")
     if not (run / "config.toml").is_file():
         raise UserError(f"--run {run} is no run directory: it has no config.toml.")
     config = load_config(run / "config.toml")
-    exports = list_exports(run / "exports")
-    checkpoint = next(reversed(list_checkpoints(run / "checkpoints")), None)
-    if config.training.ema is not None and not ema:
-        exports = []
-        if checkpoint is None:
-            raise UserError(f"--no-ema: {run} has no checkpoint, which alone holds weights that are not averaged.")
-    if not exports and checkpoint is None:
+    exports = ema or config.training.ema is None
+    found = newest(run, exports)
+    if isinstance(found, Checkpoint):
+        return _of_checkpoint(run, config, found, ema)
+    if found is None and not exports:
+        raise UserError(f"--no-ema: {run} has no checkpoint, which alone holds weights that are not averaged.")
+    if found is None:
         raise UserError(f"--run {run} holds neither an export nor a checkpoint: nothing has been trained in it yet.")
-    if exports and (checkpoint is None or checkpoint.step <= _step(exports[-1])):
-        found = _of_export(exports[-1])
-        assert found is not None
-        return replace(found, label=f"{run.resolve().name} at step {_step(exports[-1])}", config=config)
-    assert checkpoint is not None
-    return _of_checkpoint(run, config, checkpoint, ema)
+    weights = _of_export(found)
+    assert weights is not None
+    return replace(weights, label=f"{run.resolve().name} at step {step_of(found)}", config=config)
 
 
 def _of_checkpoint(run: Path, config: Config, checkpoint: Checkpoint, ema: bool) -> Weights:
@@ -206,11 +197,10 @@ def _of_checkpoint(run: Path, config: Config, checkpoint: Checkpoint, ema: bool)
 def weights_at(export: Path | None = None, checkpoint: Path | None = None, ema: bool = True) -> Weights:
     """Those of one export, or of one checkpoint of a run, though there may be newer ones; UserError if it is gone."""
     from kinema.config.load import load_config
-    from kinema.training.checkpoint_list import list_checkpoints
 
     place = export or checkpoint
     assert place is not None
-    if export is not None and (export / "kinema.json").is_file() and (found := _of_export(export)):
+    if export is not None and (export / DESCRIPTION).is_file() and (found := _of_export(export)):
         return found
     if checkpoint is not None and (config_file := checkpoint.parent.parent / "config.toml").is_file():
         for one in list_checkpoints(checkpoint.parent):
@@ -225,12 +215,6 @@ def weights_at(export: Path | None = None, checkpoint: Path | None = None, ema: 
 def _free(model: ModelConfig) -> ModelConfig:
     """Without the type that the network is stored in while it trains: samples have their own."""
     return model.model_copy(update={"network": model.network.model_copy(update={"dtype": None})})
-
-
-def _step(path: Path) -> int:
-    match = _STEP.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -265,13 +249,9 @@ def load_parts(weights: Weights, device: torch.device | str, dtype: torch.dtype)
 
 def _lay_over(weights: Weights, networks: Mapping[str, nn.Module], checkpoint: Path) -> None:
     """Put a checkpoint's trained weights on the networks: all of them, or adapters, which are then merged."""
-    import torch
-
     from kinema.adapters.inject import add_planned, merge_adapter
     from kinema.adapters.targets import adaptable_modules, plan_layers
-    from kinema.parallel.mesh import World
-    from kinema.training.checkpoint import contents, load
-    from kinema.training.state import named_trainables
+    from kinema.runs.trained import lay_over
 
     config, family = weights.config, weights.family
     assert config is not None
@@ -283,34 +263,7 @@ def _lay_over(weights: Weights, networks: Mapping[str, nn.Module], checkpoint: P
     else:
         for network in networks.values():
             network.requires_grad_(True)
-    stored = contents(checkpoint)
-    group = "ema" if weights.ema and any(key.startswith("ema.") for key in stored) else "networks"
-    parameters = named_trainables(networks)
-    world = World(0, 1, 0, torch.device("cpu"), 0, 1, 1, 1, None)
-    for keys in _pieces({key: value.numel() for key, value in parameters.items()}):
-        tensors = {
-            key: torch.empty(parameters[key].shape, dtype=stored[f"{group}.{key}"][1])
-            for key in keys
-            if f"{group}.{key}" in stored
-        }
-        missing = {key: parameters[key] for key in keys if key not in tensors}
-        load(checkpoint, {group: tensors | missing}, world)  # refuses what is missing, by its name
-        with torch.no_grad():
-            for key, value in tensors.items():
-                parameters[key].copy_(value)
+    lay_over(networks, checkpoint, weights.ema)
     if config.adapter is not None:
         for network in networks.values():
             merge_adapter(network)
-
-
-def _pieces(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in their order, in pieces of at most `PIECE` elements where that is more than one tensor: memory
-    need not hold a network twice."""
-    piece: list[str] = []
-    for name, size in sizes.items():
-        if piece and sum(sizes[one] for one in piece) + size > PIECE:
-            yield piece
-            piece = []
-        piece.append(name)
-    if piece:
-        yield piece

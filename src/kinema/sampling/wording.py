@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
-from kinema.sampling.lists import DYNAMIC, Ask
+from kinema.sampling.lists import Ask
 from kinema.sampling.planning import defaults_of
+from kinema.sampling.settings import DYNAMIC
 from kinema.sampling.weights import Weights
 
 if TYPE_CHECKING:
@@ -24,16 +25,6 @@ class Wording:
     refined: bool = False
     url: str | None = None
     model: str | None = None
-
-
-def motion_of(value: float | str | None) -> float | str | None:
-    """A motion score as it was given: a number, or `DYNAMIC`; UserError for anything else."""
-    if value is None or value == DYNAMIC:
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--motion {value}: expected a number, or {DYNAMIC} to have a chat model say it.") from None
 
 
 def without_dynamic(ask: Ask) -> Ask:

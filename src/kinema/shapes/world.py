@@ -166,17 +166,21 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, size: int, 
     return cover
 
 
-def draw_motion(combo: Combo, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE) -> Motion:
+def draw_motion(
+    combo: Combo, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE, roaming: bool = False
+) -> Motion:
     """A path that keeps the shape in view and its direction plain: two pixels a frame through the middle, on one of
     three lines.
 
     At 64 pixels the radius is 12.5, the lines lie 8 pixels apart, and the centre goes from 16 to 48: 8 pixels, one
     cell of an autoencoder's 8 x 8 grid, for every four frames. So each latent frame is a shifted copy of the one
-    before, which is what makes shapes learnable in minutes.
+    before, which is what makes shapes learnable in minutes. ``roaming`` begins up to 8 pixels sooner or later, so that
+    what follows a clip is in view, and has been seen.
     """
     unit = size / 64
     across = (32 + 8 * rng.integers(-1, 2)) * unit
-    along = (16 + 2 * np.arange(frames)) * unit
+    start = 16 + (8 * int(rng.integers(-1, 2)) if roaming else 0)
+    along = (start + 2 * np.arange(frames)) * unit
     dx, dy = DIRECTIONS[combo.direction]
     if dx + dy < 0:
         along = size - along
@@ -184,9 +188,11 @@ def draw_motion(combo: Combo, rng: np.random.Generator, frames: int = FRAMES, si
     return Motion(np.stack([along, line] if dx else [line, along], 1), 12.5 * unit)
 
 
-def render(combo: Combo, seed: int | Sequence[int], frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
-    """One antialiased clip, uint8 [T, H, W, 3]; the seed decides where the shape is, its size and its speed."""
-    return render_motion(combo, draw_motion(combo, np.random.default_rng(seed), frames, size), size)
+def render(
+    combo: Combo, seed: int | Sequence[int], frames: int = FRAMES, size: int = SIZE, roaming: bool = False
+) -> np.ndarray:
+    """One antialiased clip, uint8 [T, H, W, 3]; the seed decides where the shape is (`draw_motion`)."""
+    return render_motion(combo, draw_motion(combo, np.random.default_rng(seed), frames, size, roaming), size)
 
 
 def render_motion(combo: Combo, motion: Motion, size: int = SIZE) -> np.ndarray:
@@ -204,17 +210,43 @@ def training_clips(count: int, seed: int = 0) -> Iterator[tuple[Combo, tuple[int
         yield combos[i % len(combos)], (seed, i)
 
 
-def _write_clip(path: Path, combo: Combo, seed: tuple[int, int], shape: tuple[int, int]) -> Path:
-    write_video(path, render(combo, seed, *shape), FPS)
+def _write_clip(path: Path, combo: Combo, seed: tuple[int, int], shape: tuple[int, int], roaming: bool) -> Path:
+    write_video(path, render(combo, seed, *shape, roaming), FPS)
     path.with_suffix(".txt").write_text(caption(combo) + "\n", encoding="utf-8")
     return path
 
 
 def write_dataset(
-    folder: Path | str, count: int, seed: int = 0, *, frames: int = FRAMES, size: int = SIZE, workers: int = 2
+    folder: Path | str,
+    count: int,
+    seed: int = 0,
+    *,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    workers: int = 2,
+    roaming: bool = False,
 ) -> list[Path]:
     """Writes `count` training clips as NNNNN.mp4 with NNNNN.txt beside them; held-out combinations never occur."""
-    return write_clips(folder, training_clips(count, seed), frames=frames, size=size, workers=workers)
+    return write_clips(folder, training_clips(count, seed), frames=frames, size=size, workers=workers, roaming=roaming)
+
+
+def write_pictures(folder: Path | str, count: int, seed: int = 0) -> list[Path]:
+    """Writes `count` pictures of training combinations as NNNNN.png with NNNNN.txt beside them: one of the frames of a
+    `roaming` clip that begin a latent frame."""
+    from PIL import Image
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, (combo, key) in enumerate(training_clips(count, seed)):
+        rng = np.random.default_rng(key)
+        motion = draw_motion(combo, rng, roaming=True)
+        frame = 4 * int(rng.integers(FRAMES // 4 + 1))
+        paths.append(folder / f"{i:05d}.png")
+        still = render_motion(combo, Motion(motion.centres[frame : frame + 1], motion.radius))
+        Image.fromarray(still[0]).save(paths[-1])
+        paths[-1].with_suffix(".txt").write_text(caption(combo) + "\n", encoding="utf-8")
+    return paths
 
 
 def write_clips(
@@ -224,11 +256,12 @@ def write_clips(
     frames: int = FRAMES,
     size: int = SIZE,
     workers: int = 2,
+    roaming: bool = False,
 ) -> list[Path]:
     """Writes clips, pairs of a combination and a seed, as NNNNN.mp4 with NNNNN.txt beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder / f"{i:05d}.mp4", combo, key, (frames, size)) for i, (combo, key) in enumerate(clips)]
+    jobs = [(folder / f"{i:05d}.mp4", combo, key, (frames, size), roaming) for i, (combo, key) in enumerate(clips)]
     if workers <= 1 or len(jobs) < 64:
         return [_write_clip(*job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:

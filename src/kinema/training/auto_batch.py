@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from kinema.parallel.mesh import World
+
 FIRST_GUESS = 8
 """Where the search begins for a bucket of which nothing is known, and as far as a careful one goes on the word of two
 trials."""
@@ -149,7 +151,12 @@ def search(trials: Trials, guess: int, limit: int) -> int:
 def _careful(trainer: Trainer) -> bool:
     """Whether a trial that takes too much is to be avoided: the system kills a process that takes all of a CPU's
     memory, and a rank that fails between two collectives leaves the others waiting."""
-    return trainer.world.device.type == "cpu" or trainer.world.dp_shard > 1
+    return trainer.world.device.type == "cpu" or _in_step(trainer.world)
+
+
+def _in_step(world: World) -> bool:
+    """Whether processes talk to each other within a forward pass."""
+    return world.is_sharded or world.sizes.sp * world.sizes.tp > 1
 
 
 def _runner(trainer: Trainer, sample: Batch, memory: TrialMemory, bucket: Bucket) -> Callable[[int], float]:
@@ -160,10 +167,10 @@ def _runner(trainer: Trainer, sample: Batch, memory: TrialMemory, bucket: Bucket
     def run(count: int) -> float:
         for _ in range(1 + compiled):  # a compiler needs memory too, the first time
             share = memory.share_of(lambda: _whole_step(trainer, sample, count))
-        if world.dp_shard > 1 and not math.isfinite(share):
+        if _in_step(world) and not math.isfinite(share):
             raise UserError(
                 f'training.batch_size = "auto": process {world.rank} ran out of memory at {count} samples of {bucket}, '
-                "where less was expected; with parallel.dp_shard the others cannot go on without it. Give a number "
+                "where less was expected; the others, which share its work, cannot go on without it. Give a number "
                 f"below {count * world.dp_size} instead, or training.token_budget."
             )
         return max(world.gather_objects(share))
@@ -178,7 +185,7 @@ def _whole_step(trainer: Trainer, sample: Batch, count: int) -> None:
     draws = Draws(trainer.config.run.seed, "batch size")
     try:
         # Only sharded networks have to talk to each other; a rank alone may fail without the others noticing.
-        accumulate_gradients(trainer, [batch], draws, exchange=trainer.world.dp_shard > 1)
+        accumulate_gradients(trainer, [batch], draws, exchange=trainer.world.is_sharded)
         clip_gradients(
             [p for p in trainer.parameters.values() if p.grad is not None], trainer.config.training.clip_norm
         )

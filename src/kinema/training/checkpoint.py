@@ -25,20 +25,11 @@ from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
 from kinema.parallel.mesh import TIMEOUT, World
+from kinema.runs.checkpoint_files import SafetensorsWriter, disk_error, free_bytes, sync_path
+from kinema.runs.checkpoint_list import FORMAT, Checkpoint, list_checkpoints
+from kinema.runs.checkpoint_load import State, flatten, load
+from kinema.runs.pieces import CopiesPlanner, Pieces
 from kinema.sizes import readable_bytes
-from kinema.training.checkpoint_files import (
-    CopiesPlanner,
-    SafetensorsReader,
-    SafetensorsWriter,
-    damage,
-    disk_error,
-    free_bytes,
-    sync_path,
-)
-from kinema.training.checkpoint_list import FORMAT, Checkpoint, list_checkpoints, read_header
-
-State = Mapping[str, "Tensor | State"]
-"""Nested names of tensors."""
 
 _WRITING, _DELETING = ".writing-", ".deleting-"
 
@@ -73,7 +64,7 @@ class Checkpointer:
         return next(reversed(self.complete()), None)
 
     def save(self, step: int, tensors: State, meta: Mapping[str, Any]) -> None:
-        """Write a checkpoint of ``tensors`` (plain or DTensors) and ``meta`` (goes into JSON, rank 0's is kept).
+        """Write a checkpoint of ``tensors`` (plain, DTensors, `Pieces`) and ``meta`` (into JSON, rank 0's is kept).
 
         Returns when it is on disk, or, if asynchronous, as soon as it is copied or being copied: then call
         ``wait_for_staging`` before the tensors change. Waits for the write before it.
@@ -116,11 +107,14 @@ class Checkpointer:
 
     def load(self, path: Path, tensors: State, convert: bool = False) -> dict[str, Any]:
         """Fill ``tensors`` in place from a checkpoint, on all ranks together; returns its ``meta``."""
-        return load(path, tensors, self.world, self._group, convert)
+        return load(path, tensors, self._group, convert)
 
-    def _check_space(self, tensors: Mapping[str, Tensor]) -> int:
+    def _check_space(self, tensors: Mapping[str, Tensor | Pieces]) -> int:
         """Bytes that will be written; UserError if the file system has less."""
-        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        if self.world.sizes.pp > 1:  # each stage saves its own
+            sizes = {name: size for theirs in self.world.gather_objects(sizes) for name, size in theirs.items()}
+        need = sum(sizes.values())
         free = self.world.broadcast_object(free_bytes(self.root) if self.world.is_main else None)
         if need > free:
             raise UserError(self._full(need, f"{readable_bytes(free)} are free"))
@@ -134,7 +128,7 @@ class Checkpointer:
             f"{kept.path.name if kept else 'its beginning (there is no complete checkpoint yet)'}."
         )
 
-    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _stage(self, tensors: Mapping[str, Tensor | Pieces]) -> dict[str, Tensor]:
         """Copies in CPU memory of this rank's parts; from a GPU they arrive beside its work, in pinned memory."""
         gpu = self.world.device.type == "cuda"
         if gpu:
@@ -152,7 +146,7 @@ class Checkpointer:
         return copies
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], copies: dict[str, Tensor] | None, meta: str, need: int
+        self, step: int, tensors: dict[str, Tensor | Pieces], copies: dict[str, Tensor] | None, meta: str, need: int
     ) -> Path:
         """Write, sync, rename and rotate. All ranks succeed, or all raise the same UserError."""
         writing = self.root / f"{_WRITING}step-{step:08d}"
@@ -215,76 +209,6 @@ class Checkpointer:
             _delete(old.path)
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """The ``meta`` that was saved with a checkpoint."""
-    return read_header(path)["meta"]
-
-
-def contents(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and types of the tensors in a checkpoint; nested names are joined with dots."""
-    read_header(path)
-    stored = SafetensorsReader(path).read_metadata().state_dict_metadata
-    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in stored.items()}
-
-
-def load(
-    path: Path,
-    tensors: State,
-    world: World,
-    group: dist.ProcessGroup | None = None,
-    convert: bool = False,
-) -> dict[str, Any]:
-    """Fill ``tensors`` in place from a checkpoint, whatever number of ranks wrote it; returns its ``meta``.
-
-    Tensors of the checkpoint that are not asked for are left alone. UserError, before anything is changed, if one that
-    is asked for is not there or has another shape, or, unless ``convert``, another type.
-    """
-    meta = read_meta(path)
-    stored = contents(path)
-    for name, tensor in flatten(tensors).items():
-        if name not in stored:
-            raise UserError(
-                f"checkpoint {path} has no '{name}' among its {len(stored)} tensors: it belongs to another network, "
-                "adapter or optimiser. Resume with the configuration that it was trained with, or start from its "
-                "weights only."
-            )
-        shape, dtype = stored[name]
-        if shape != tuple(tensor.shape) or (dtype != tensor.dtype and not convert):
-            raise UserError(
-                f"checkpoint {path} has '{name}' as {dtype} {list(shape)}, but this run needs {tensor.dtype} "
-                f"{list(tensor.shape)}. Resume with the configuration that it was trained with."
-            )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(
-                flatten(tensors),
-                storage_reader=SafetensorsReader(path),
-                process_group=group,
-                no_dist=world.size == 1,
-            )
-    except (Exception, CheckpointException) as error:
-        reason = damage(error)
-        if reason is None:
-            raise
-        raise UserError(
-            f"checkpoint {path} is damaged: {reason}. Resume from another checkpoint, or copy this one "
-            "again from where it came from."
-        ) from error
-    return meta
-
-
-def flatten(tensors: State, prefix: str = "") -> dict[str, Tensor]:
-    """Nested names joined with dots."""
-    flat: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def _prepare_root(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -302,7 +226,9 @@ def _delete(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor | Pieces) -> Tensor:
     """What this rank holds of a tensor, by reference."""
+    if isinstance(tensor, Pieces):
+        return tensor.local
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

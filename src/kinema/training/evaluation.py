@@ -35,6 +35,8 @@ def evaluate(
     with torch.no_grad():
         for batch in (one.to(world.device) for one in batches):
             weights = torch.tensor(batch.weights, dtype=torch.float64)
+            if world.place["pp"]:  # all stages of a pipeline come to know the loss, and one counts it
+                weights.zero_()
             for i, quantile in enumerate(QUANTILES):
                 draws = Draws(seed, f"evaluation {quantile:.2f}")
                 loss = objective.at_quantile(batch, networks, draws, quantile)

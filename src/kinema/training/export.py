@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,29 +27,19 @@ from kinema.config.schema import Config, ModelConfig
 from kinema.config.write import to_toml
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
+from kinema.runs.exports import DESCRIPTION, EXPORT, list_exports
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from kinema.adapters.state import Adapter
     from kinema.families.base import Family
     from kinema.parallel.mesh import World
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of a diffusers directory."""
-DESCRIPTION = "kinema.json"
 _WRITING = "writing-"
-_STEP = "step-"
-
-
-@dataclass(frozen=True)
-class Export:
-    """An export as read: the model that it belongs to, and the adapter file if it is one."""
-
-    step: int
-    model: ModelConfig
-    adapters: dict[str, Path]
-    """By the part that each belongs to; empty for whole weights."""
 
 
 def export_weights(
@@ -66,10 +56,11 @@ def export_weights(
     """
     from safetensors import SafetensorError
 
-    target = root / f"{_STEP}{step:08d}"
+    target = root / f"{EXPORT}{step:08d}"
     is_adapter = config.adapter is not None
     dtype = torch_dtype(config.export.dtype)
-    states = {part: _gathered(one, is_adapter, dtype, keep=world.is_main) for part, one in networks.items()}
+    states = {part: _gathered(one, is_adapter, dtype, world) for part, one in networks.items()}
+    adapters = [_adapter(one, part, states[part], world) for part, one in networks.items() if is_adapter]
     problem = None
     if world.is_main:
         partial = root / f"{_WRITING}{target.name}"
@@ -78,7 +69,7 @@ def export_weights(
             partial.mkdir(parents=True)
             job = _Writing(partial, step, family, config, tuple(networks))
             if is_adapter:
-                _write_adapters(job, states, networks)
+                _write_adapters(job, adapters)
             for part, state in states.items() if not is_adapter else ():
                 _write_network(job, part, state, networks[part])
             _write_description(job)
@@ -94,43 +85,33 @@ def export_weights(
     return target
 
 
-def list_exports(root: Path) -> list[Path]:
-    """Complete exports, the oldest first."""
-    return sorted(path for path in root.glob(f"{_STEP}*") if (path / DESCRIPTION).is_file())
-
-
-def read_export(path: Path) -> Export | None:
-    """What an export (or the newest of a run directory) holds; None if ``path`` is neither.
-
-    ``model`` says where every part lies: the trained network in the export, the others where they were. An
-    adapter goes onto ``model``'s network.
-    """
-    if not (path / DESCRIPTION).is_file():
-        found = [*list_exports(path / "exports"), *list_exports(path)]
-        if not found:
-            return None
-        path = found[-1]
-    facts = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    model = facts["model"]
-    for part, place in facts["weights"].items():
-        model[part] = {**model.get(part, {}), "path": str(path / place)}
-    adapters = {part: path / place for part, place in facts["adapters"].items()}
-    return Export(facts["step"], ModelConfig.model_validate(model), adapters)
-
-
-def _gathered(network: nn.Module, is_adapter: bool, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
-    """The weights on the CPU, whole, in ``dtype``, by their diffusers names; empty where they are not kept."""
-    from torch.distributed.tensor import DTensor
-
-    from kinema.adapters.inject import adapter_state
+def _gathered(network: nn.Module, is_adapter: bool, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+    """The weights on the CPU, whole, in ``dtype``, by their diffusers names; empty on all but the main rank."""
+    from kinema.adapters.inject import adapter_state, diffusers_name
+    from kinema.parallel.lanes import collected
+    from kinema.parallel.packing import packings, whole
 
     state: dict[str, Tensor] = {}
-    for name, value in (adapter_state(network) if is_adapter else network.state_dict()).items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            whole = whole.detach()
-            state[name] = (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
+    packed = packings(network)
+    if is_adapter:
+        packed = {diffusers_name(name) or name: packing for name, packing in packed.items()}
+    here = adapter_state(network) if is_adapter else network.state_dict()
+    for name, value in collected(here, lambda name, value: whole(value, packed.get(name)).detach(), world):
+        if world.is_main:
+            state[name] = (value.to(dtype) if value.is_floating_point() else value).cpu()
     return state
+
+
+def _adapter(network: nn.Module, part: str, state: dict[str, Tensor], world: World) -> Adapter:
+    """The adapter with these weights on a network, of which other stages of a pipeline have layers too."""
+    from kinema.adapters.inject import adapter_of
+
+    found = adapter_of(network, part)
+    if world.sizes.pp > 1:
+        for other in world.gather_objects(replace(found, state={})):
+            ranks, alphas = {**found.ranks, **other.ranks}, {**found.alphas, **other.alphas}
+            found = replace(found, ranks=ranks, alphas=alphas, on_input=found.on_input | other.on_input)
+    return replace(found, state=state)
 
 
 @dataclass(frozen=True)
@@ -180,10 +161,7 @@ class _Writing:
         )
 
 
-def _write_adapters(job: _Writing, states: Mapping[str, dict[str, Tensor]], networks: Mapping[str, nn.Module]) -> None:
-    from kinema.adapters.inject import adapter_of
-
-    adapters = [replace(adapter_of(networks[part], part), state=state) for part, state in states.items()]
+def _write_adapters(job: _Writing, adapters: Sequence[Adapter]) -> None:
     for layout in job.config.layouts:
         for sharing in by_file(adapters, layout, job.family):
             file = job.directory / job.places(sharing[0].part)[layout]
@@ -244,7 +222,7 @@ def _network_config(network: nn.Module) -> str:
 
 
 def _write_description(job: _Writing) -> None:
-    """``config.toml``, and ``kinema.json`` for ``read_export``."""
+    """``config.toml``, and ``kinema.json`` for `runs.exports.read_export`."""
     from kinema import __version__
 
     (job.directory / "config.toml").write_text(to_toml(job.config), encoding="utf-8")
@@ -275,7 +253,7 @@ def _absolute(model: ModelConfig, family: Family, network_is_here: bool) -> dict
 
 def _publish(partial: Path, target: Path) -> None:
     """Force the files to the disk, then rename; an export of the same step (a resumed run's) gives way."""
-    from kinema.training.checkpoint_files import sync_path
+    from kinema.runs.checkpoint_files import sync_path
 
     for path in (*partial.rglob("*"), partial):
         sync_path(path)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kinema.data.batch import Batch
 from kinema.errors import UserError
-from kinema.objectives.base import Denoiser, Draws, Objective
+from kinema.objectives.base import Denoiser, Draws, Loss, Objective
 from kinema.optim.optimizers import set_lr
 from kinema.optim.schedule import lr_factor
 from kinema.randomness import derive_seed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kinema.optim.ema import Ema
     from kinema.optim.scale import LossScale
     from kinema.parallel.mesh import World
+    from kinema.parallel.pipeline import Pipeline
 
 NON_FINITE_LIMIT = 20
 
@@ -62,8 +64,12 @@ class Trainer:
     total_steps: int = 0
     ema: Ema | None = None
     scale: LossScale | None = None
+    pipeline: Pipeline | None = None
+    """Runs the networks where they are cut into stages."""
     accumulating: Callable[[bool], AbstractContextManager[None]] = lambda last: contextlib.nullcontext()
     """Context of one micro-batch; gradients are summed over devices in the last one."""
+    at: Callable[[str], None] = lambda phase: None
+    """Told how far the step has come, for whoever watches over the processes."""
     before_update: Callable[[], None] = lambda: None
     """Called before weights change: a checkpoint that is being written must have its copy by then."""
     non_finite: int = field(default=0)
@@ -94,6 +100,7 @@ def run_steps(
     """
     while trainer.progress.step < trainer.total_steps:
         started = time.perf_counter()
+        trainer.at(f"step {trainer.progress.step + 1}: the next batch")
         work = next(batches)
         result = train_step(trainer, work, requests.take(trainer.world.is_main))
         before, trainer.progress = trainer.progress, trainer.progress.after_step(work.examples, work.epochs)
@@ -111,16 +118,18 @@ def train_step(trainer: Trainer, work: Work, asked: int) -> StepResult:
     factor = lr_factor(t.config.schedule, step - t.progress.lr_start, t.total_steps - t.progress.lr_start)
     lr = set_lr(t.optimizers, factor)
 
+    t.at(f"step {step + 1}: forward and backward")
     micro_batches = split(work.batch, work.micro_batch_size, -(-work.examples // world.dp_size))
     loss_sum, sums = accumulate_gradients(t, micro_batches, Draws(t.config.run.seed, step))
 
     parameters = [p for p in t.parameters.values() if p.grad is not None]
     if t.scale is not None:
         t.scale.unscale(parameters)
-    grad_norm = clip_gradients(parameters, training.clip_norm)
+    grad_norm = clip_gradients(parameters, training.clip_norm, t.pipeline)
     shared = torch.stack([loss_sum, loss_sum.new_tensor(asked & 1), loss_sum.new_tensor(asked & 2), *sums.values()])
     loss_value, save, quit_, *metrics = world.all_reduce_sum(shared).tolist()
 
+    t.at(f"step {step + 1}: update")
     norm = float(grad_norm)
     finite = math.isfinite(norm)  # the norm is over all ranks, so they all take this step or all skip it
     if t.scale is not None:
@@ -148,19 +157,48 @@ def accumulate_gradients(
     t, world = trainer, trainer.world
     loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
     sums: dict[str, torch.Tensor] = {}
-    for i, micro in enumerate(micro_batches):
-        # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
-        torch.manual_seed(derive_seed(draws.seed, draws.step, micro.indices[0], "dropout"))
-        with t.accumulating(exchange and i == len(micro_batches) - 1):
-            # The cache would keep casts of all weights, which sharding is there to avoid.
-            cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
-            with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
-                loss = t.objective(micro.to(world.device), t.networks, draws)
-            (loss.total if t.scale is None else loss.total * t.scale.value).backward()
+    factor = 1 / world.sizes.sp  # peers in a sequence see the same samples, each a part of them
+    if t.scale is not None:
+        factor *= t.scale.value
+    losses: Iterable[Loss]
+    if t.pipeline is not None:
+        losses = t.pipeline.run([partial(compute_loss, t, micro, draws) for micro in micro_batches], factor)
+        with t.accumulating(exchange):  # no backward pass is left to sum gradients beside
+            pass
+        t.pipeline.sum_shared()
+    else:
+        losses = _one_by_one(t, micro_batches, draws, factor, exchange)
+    for loss in losses:
         loss_sum += loss.total.detach()
         for name, value in loss.metrics.items():
             sums[name] = sums.get(name, 0) + value.detach()
-    return loss_sum, sums
+    return loss_sum, sums if t.pipeline is None else t.pipeline.with_all_names(sums, loss_sum)
+
+
+def _one_by_one(
+    trainer: Trainer, micro_batches: Sequence[Batch], draws: Draws, factor: float, exchange: bool
+) -> Iterator[Loss]:
+    place = f"step {trainer.progress.step + 1}"
+    for i, micro in enumerate(micro_batches):
+        with trainer.accumulating(exchange and i == len(micro_batches) - 1):
+            trainer.at(f"{place}: forward {i + 1} of {len(micro_batches)}")
+            loss = compute_loss(trainer, micro, draws)
+            trainer.at(f"{place}: backward {i + 1} of {len(micro_batches)}")
+            (loss.total * factor).backward()
+        yield loss
+
+
+def compute_loss(trainer: Trainer, micro: Batch, draws: Draws) -> Loss:
+    """The forward pass of one micro-batch."""
+    import torch
+
+    t, world = trainer, trainer.world
+    # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
+    torch.manual_seed(derive_seed(draws.seed, draws.step, micro.indices[0], "dropout"))
+    # The cache would keep casts of all weights, which sharding is there to avoid.
+    cached, enabled = not world.is_sharded, t.compute_dtype != torch.float32
+    with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
+        return t.objective(micro.to(world.device), t.networks, draws)
 
 
 def split(batch: Batch, micro_batch_size: int | None, share: int) -> list[Batch]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kinema.config.schema import MonitoringConfig
 from kinema.errors import UserError
+from kinema.runs.metrics import read_metrics
 
 WANDB_ID = "wandb-id"
 
@@ -69,18 +70,6 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a line that a kill cut short is not one."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
 
 
 def _forget_after(path: Path, step: int) -> None:

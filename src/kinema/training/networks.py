@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from kinema.adapters.preflight import Plans
     from kinema.adapters.targets import LayerPlan
+    from kinema.families.pipeline_plans import Unit
     from kinema.parallel.mesh import World
+    from kinema.parallel.pipeline import Pipeline
     from kinema.training.checkpoint import Checkpointer
 
 
@@ -69,6 +71,14 @@ def check_networks(config: Config, family: Family) -> Plans:
     from kinema.adapters.preflight import check_adapter
     from kinema.adapters.targets import adaptable_modules
 
+    if config.parallel.tp > 1:
+        from kinema.parallel.tensor import check_tensor_parallel
+
+        check_tensor_parallel(config, family)
+    if config.parallel.sp > 1:
+        from kinema.parallel.sequence import check_sequence_parallel
+
+        check_sequence_parallel(config.parallel.sp, "parallel.sp", family, family.trained_parts())
     if config.model.random_weights and config.adapter is None:
         return {}
     networks = {part: family.load(part, "meta", None) for part in family.trained_parts()}
@@ -88,11 +98,15 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     """
     from kinema.memory.checkpointing import checkpoint_blocks
     from kinema.memory.compile import compile_blocks
-    from kinema.parallel.data import shard
+    from kinema.parallel.data import check_equal_weights, shard
+    from kinema.parallel.pipeline_stages import cut
+    from kinema.parallel.sequence import split_sequences
+    from kinema.parallel.tensor import split_matrices
 
     networks: dict[str, nn.Module] = {}
     plans = check_networks(config, family) if config.adapter is not None else {}
-    place = world.device if world.dp_shard == 1 else "cpu"
+    splits = world.sizes.pp > 1 or world.sizes.tp > 1
+    place = "cpu" if world.is_sharded or splits else world.device
     for part in family.trained_parts():
         stored = getattr(config.model, part).dtype
         if stored in (None, "fp8"):  # the latter is the family's to see to
@@ -103,13 +117,38 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
             network.requires_grad_(True)
         else:
             _adapt(network, config, family, part, plans[part])
+        if splits:
+            check_equal_weights(network, world)
+        stages = _stages(network, config, family) if world.sizes.pp > 1 and part.startswith("network") else None
+        split_matrices(network, world)
+        split_sequences(network, family.blocks(network), world)
         if config.training.activation_checkpointing:
             checkpoint_blocks(family.blocks(network))
         if config.training.compile:
             compile_blocks(family.blocks(network))
+        if stages is not None:
+            cut(network, *stages, world.place["pp"], world.sizes.pp)
         shard(network, family.blocks(network), world)
         networks[part] = network
     return networks
+
+
+def _stages(network: nn.Module, config: Config, family: Family) -> tuple[list[Unit], list[int]]:
+    """What a whole network can be cut between, and where each stage of the pipeline begins."""
+    from kinema.families.pipeline_plans import pipeline_units
+    from kinema.parallel.pipeline_stages import starts_of
+
+    units = pipeline_units(network, family.blocks(network))
+    return units, starts_of(network, units, config.parallel)
+
+
+def pipeline_over(networks: Mapping[str, nn.Module], config: Config, world: World) -> Pipeline | None:
+    """What runs networks that are cut into stages."""
+    if world.sizes.pp == 1:
+        return None
+    from kinema.parallel.pipeline import Pipeline
+
+    return Pipeline(networks, world, config.parallel.schedule, config.parallel.stages_per_rank)
 
 
 def _adapt(network: nn.Module, config: Config, family: Family, part: str, plan: Mapping[str, LayerPlan]) -> None:
@@ -132,7 +171,7 @@ def _adapt(network: nn.Module, config: Config, family: Family, part: str, plan: 
 def block_matrices(networks: Mapping[str, nn.Module], family: Family) -> set[str]:
     """Canonical names of the trained 2-D weights inside the blocks."""
     from kinema.optim.optimizers import is_vector
-    from kinema.training.state import named_trainables
+    from kinema.runs.trained import named_trainables
 
     inside = {
         parameter
@@ -146,13 +185,14 @@ def block_matrices(networks: Mapping[str, nn.Module], family: Family) -> set[str
 
 def take_weights(checkpointer: Checkpointer, checkpoint: Path, networks: Mapping[str, nn.Module]) -> str:
     """Load another run's trained weights alone, the averaged ones where it kept an average; says which."""
-    from kinema.training.checkpoint import contents
-    from kinema.training.state import named_trainables
+    from kinema.parallel.packing import for_checkpoint
+    from kinema.runs.trained import averaged, named_trainables
 
-    averaged = any(name.startswith("ema.") for name in contents(checkpoint))
-    tensors = {name: parameter.detach() for name, parameter in named_trainables(networks).items()}
-    checkpointer.load(checkpoint, {"ema" if averaged else "networks": tensors}, convert=True)
-    return f"Starting from the {'averaged ' if averaged else ''}weights of {checkpoint}"
+    has_average = averaged(checkpoint)
+    trained = {name: parameter.detach() for name, parameter in named_trainables(networks).items()}
+    tensors = for_checkpoint(networks, trained)
+    checkpointer.load(checkpoint, {"ema" if has_average else "networks": tensors}, convert=True)
+    return f"Starting from the {'averaged ' if has_average else ''}weights of {checkpoint}"
 
 
 @contextmanager

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema.config.schema import Config
-from kinema.errors import UserError
+from kinema.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from kinema.families.base import Family
     from kinema.parallel.mesh import World
 
 
@@ -53,6 +54,59 @@ def check_shares(config: Config, world: World) -> None:
                 f"{key} = {size} is the batch over all devices, and this run has {world.dp_size}: "
                 f"{world.dp_size - size} of them would have nothing to do. Set it to a multiple of {world.dp_size}."
             )
+
+
+def check_pipeline(config: Config, family: Family, world: World) -> None:
+    """ConfigError for pipeline stages that cannot be made of this network, or with the rest of this configuration."""
+    from kinema.families.pipeline_plans import pipeline_units
+    from kinema.parallel.pipeline_stages import starts_of
+    from kinema.plugins import OBJECTIVES
+
+    parallel = config.parallel
+    if world.sizes.pp == 1:
+        return
+    for refused, what, why in _pipeline_refusals(config, world):
+        if refused:
+            raise ConfigError(f"parallel.pp = {world.sizes.pp}: not with {what}: {why}")
+    roles = OBJECTIVES.load(config.objective.type)(config.objective, family).roles
+    if tuple(roles) != ("student",):
+        raise ConfigError(
+            f'parallel.pp = {world.sizes.pp}: not with objective.type = "{config.objective.type}", which runs several '
+            f"networks for a loss ({', '.join(roles)}). Use parallel.dp_shard."
+        )
+    for part in family.trained_parts():
+        if part.startswith("network"):
+            network = family.load(part, "meta", None)
+            starts_of(network, pipeline_units(network, family.blocks(network)), parallel)
+
+
+def _pipeline_refusals(config: Config, world: World) -> list[tuple[bool, str, str]]:
+    """What does not go together with a pipeline: (whether this configuration asks for it, its name, the reason and what
+    to do). The table of docs/guides/parallel.md."""
+    training, zero_bubble = config.training, config.parallel.schedule == "zero_bubble"
+    again = 'use parallel.schedule = "1f1b".'
+    return [
+        (
+            training.batch_size == "auto" and training.token_budget is None,
+            'training.batch_size = "auto"',
+            "a trial sees one micro-batch, and a stage keeps several. Give a number, and training.micro_batch_size.",
+        ),
+        (
+            zero_bubble and training.activation_checkpointing,
+            'schedule = "zero_bubble" and training.activation_checkpointing',
+            f"a block's second run is one with its whole backward pass; {again}",
+        ),
+        (
+            zero_bubble and training.compile,
+            'schedule = "zero_bubble" and training.compile',
+            f"a compiled block's backward pass cannot be taken apart; {again}",
+        ),
+        (
+            zero_bubble and (world.is_sharded or world.sizes.tp > 1),
+            'schedule = "zero_bubble" and parallel.dp_shard or parallel.tp',
+            f"weights that are in pieces have no gradients apart from their inputs'; {again}",
+        ),
+    ]
 
 
 def make_writable(directory: Path) -> None:

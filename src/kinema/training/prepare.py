@@ -73,6 +73,7 @@ def prune_cache(config: Config, *, dry_run: bool = False, force: bool = False) -
     """Take out of the cache what a configuration does not need. See `kinema.data.cache_tools.prune`."""
     from kinema.data.cache import Cache
     from kinema.data.cache_tools import prune
+    from kinema.data.facts import FactStore
 
     freed = None
     with _opened(config) as (settled, family, world, say):
@@ -87,6 +88,8 @@ def prune_cache(config: Config, *, dry_run: bool = False, force: bool = False) -
             )
             if freed.damaged:
                 say(f"{freed.damaged} entries were damaged and are gone too: they are encoded anew when needed")
+            if not dry_run and (fewer := FactStore(cache_directory(settled)).compact()):
+                say(f"What was found out about files lay in {fewer + 1} files, and lies in one now")
         else:
             for _ in keys:
                 pass

@@ -4,8 +4,9 @@ A preview changes nothing: the global random state, the modes of the modules and
 afterwards what they were. Text is encoded once, at the first preview, and its encoder let go; the autoencoder stays
 in CPU memory between previews.
 
-Replicated weights: the main rank samples alone, the others go on to the next collective call and wait there. Sharded
-weights (FSDP2): every forward pass gathers parameters, so all ranks draw all prompts; only the main rank writes.
+Replicated weights: the main rank samples alone, with those that share its samples (the stages of its pipeline, which
+the network's forward goes through one after the other); the others go on to the next collective call and wait there.
+Sharded weights (FSDP2): every forward pass gathers parameters, so all ranks draw all prompts; the main rank writes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Previewer:
     @property
     def takes_part(self) -> bool:
         """Whether this rank has to run the network."""
-        return self.world.is_main or self.world.dp_shard > 1
+        return self.world.dp_rank == 0 or self.world.is_sharded
 
     def preview(self, step: int, networks: Mapping[str, nn.Module]) -> list[Path]:
         """Sample the configured prompts from what trains, on the run's device, as it is (the caller swaps averages

@@ -80,7 +80,7 @@ class RunData:
 
     def _sizes_of(self, buckets: Sequence[Bucket], found: Mapping[str, int] | None = None) -> list[BatchSize]:
         return batch_sizes(
-            self.config.training, buckets, grid=self.family.grid, stride=self.family.frame_stride,
+            self.config.training, buckets, grid=self.family.grid, lengths=self.family.lengths,
             ranks=self.world.dp_size, table=self.table, found=found, recorded=self.recorded,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ class RunData:
             networks,
             buckets,
             data.sample_of,
-            tokens=lambda bucket: tokens_of(bucket, family.grid, family.frame_stride),
+            tokens=lambda bucket: tokens_of(bucket, family.grid, family.lengths),
             most=lambda bucket: -(-items[bucket] // size),
             say=self.say,
         )

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kinema.optim.ema import Ema
-from kinema.training.checkpoint import Checkpointer, contents
+from kinema.parallel.packing import for_checkpoint
+from kinema.runs.checkpoint_load import contents
+from kinema.runs.pieces import Pieces
+from kinema.runs.trained import named_trainables
+from kinema.training.checkpoint import Checkpointer
 
-StateDict = dict[str, dict[str, Tensor]]
+StateDict = dict[str, dict[str, Tensor | Pieces]]
 
 
 def training_state(
@@ -26,11 +30,11 @@ def training_state(
     the like are not: the configuration and the step determine them. Tensors are references: saving reads them, loading
     writes into them.
     """
-    state: StateDict = {"networks": _network_tensors(networks)}
+    state: StateDict = {"networks": for_checkpoint(networks, _network_tensors(networks))}
     if optimizers:
-        state["optimizer"] = _optimizer_tensors(networks, optimizers)
+        state["optimizer"] = for_checkpoint(networks, _optimizer_tensors(networks, optimizers))
     if ema is not None:
-        state["ema"] = ema.state()
+        state["ema"] = for_checkpoint(networks, ema.state())
     return state
 
 
@@ -49,16 +53,6 @@ def load_training_state(
     if optimizers:
         make_optimizer_state(networks, optimizers, set(stored))
     return checkpointer.load(path, training_state(networks, optimizers, ema))
-
-
-def named_trainables(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Parameters that training changes, by ``{network}.{parameter}``; for the EMA too."""
-    return {
-        f"{part}.{name}": parameter
-        for part, network in networks.items()
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def _network_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:

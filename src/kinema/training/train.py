@@ -20,14 +20,16 @@ from kinema.training.networks import (
     check_networks,
     evaluating,
     load_networks,
+    pipeline_over,
     take_weights,
 )
-from kinema.training.preflight import check_shares, make_writable, resolve
+from kinema.training.preflight import check_pipeline, check_shares, make_writable, resolve
 from kinema.training.progress import Progress, due
 from kinema.training.resume import ResumeOptions, check_data, check_options, compare, set_aside
 
 if TYPE_CHECKING:
     from kinema.parallel.mesh import World
+    from kinema.parallel.watch import Watch
     from kinema.training.display import TrainingDisplay
     from kinema.training.loop import StepResult, Trainer, Work
     from kinema.training.run_data import RunData
@@ -36,13 +38,15 @@ if TYPE_CHECKING:
 def train(config: Config, options: ResumeOptions | None = None) -> Path:
     """Run a training to its end (or to a request to quit); returns the run directory."""
     from kinema.parallel.mesh import start, stop
+    from kinema.parallel.watch import Watch
 
     family = open_family(config.model, config.run.seed)
     family.validate(config)
     world = start(config.parallel)
     config = resolve(config, world.device)
     try:
-        Run(config, options or ResumeOptions(), family, world).train()
+        with Watch(world, config.parallel.hang_seconds) as watch:
+            Run(config, options or ResumeOptions(), family, world, watch).train()
     finally:
         stop()
     return config.run.dir
@@ -51,10 +55,10 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
 class Run:
     """One training: its parts in the order in which they are made, then the loop and what happens between steps."""
 
-    def __init__(self, config: Config, options: ResumeOptions, family: Family, world: World) -> None:
+    def __init__(self, config: Config, options: ResumeOptions, family: Family, world: World, watch: Watch) -> None:
         from kinema.training.display import TrainingDisplay
 
-        self.config, self.options, self.family, self.world = config, options, family, world
+        self.config, self.options, self.family, self.world, self.watch = config, options, family, world, watch
         self.directory = config.run.dir
         self.display: TrainingDisplay = TrainingDisplay(0, 0, world.device, world.is_main)
         self.say = self.display.say
@@ -68,6 +72,7 @@ class Run:
         check_monitoring(self.config.monitoring)
         check_shares(self.config, self.world)
         check_networks(self.config, self.family)
+        check_pipeline(self.config, self.family, self.world)
         checkpoint, weights = self._find_start()
         meta = self._compare_with(checkpoint)
         make_writable(self.directory)
@@ -119,7 +124,7 @@ class Run:
 
     def _choose_start(self) -> tuple[Path | None, Path | None]:
         """The main rank's choice; sets an old run aside if asked to."""
-        from kinema.training.checkpoint import list_checkpoints
+        from kinema.runs.checkpoint_list import checkpoint_at, list_checkpoints
 
         options, root = self.options, self.directory / "checkpoints"
         check_options(options)
@@ -143,7 +148,7 @@ class Run:
 
     def _compare_with(self, checkpoint: Path | None) -> dict[str, Any] | None:
         """The checkpoint's meta, after refusing what a resumed run may not change."""
-        from kinema.training.checkpoint import read_meta
+        from kinema.runs.checkpoint_load import read_meta
 
         if checkpoint is None:
             return None
@@ -189,9 +194,10 @@ class Run:
         from kinema.optim.optimizers import build_optimizers
         from kinema.optim.scale import LossScale
         from kinema.parallel.data import accumulate
+        from kinema.runs.trained import named_trainables
         from kinema.training.checkpoint import Checkpointer
         from kinema.training.loop import Trainer
-        from kinema.training.state import load_training_state, named_trainables
+        from kinema.training.state import load_training_state
 
         config, training = self.config, self.config.training
         self.networks = load_networks(config, self.family, self.world)
@@ -232,7 +238,9 @@ class Run:
             progress=self._reset(progress),
             ema=self.ema,
             scale=scale,
+            pipeline=pipeline_over(self.networks, config, self.world),
             accumulating=accumulating,
+            at=self.watch.at,
             before_update=self.checkpointer.wait_for_staging,
         )
         self.data.settle(self.trainer, self.networks)
@@ -271,6 +279,9 @@ class Run:
             self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
         )
         count = sum(p.numel() for p in self.trainer.parameters.values())
+        if self.trainer.pipeline is not None:
+            count = self.trainer.pipeline.count_trained(self.trainer.parameters.values())
+            self.say(self.trainer.pipeline.describe(config.training.micro_batch_size))
         self.say(
             f"Training {count / 1e6:.2f}M parameters in {config.training.precision} on {world.size} x "
             f"{world.device.type}: {self.data.steps_in_words(self.trainer.total_steps)}, from step {progress.step}. "
@@ -288,6 +299,7 @@ class Run:
         from kinema.training.loop import describe
         from kinema.training.requests import SAVE
 
+        self.watch.step_took(seconds)
         config, progress = self.config, self.trainer.progress
         self.display.step(progress.step, result.loss, seconds)
         row: dict[str, float] = {}
@@ -336,7 +348,7 @@ class Run:
 
         t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
         losses: dict[str, float] = {}
-        cached, enabled = world.dp_shard == 1, t.compute_dtype != torch.float32
+        cached, enabled = not world.is_sharded, t.compute_dtype != torch.float32
         autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached)
         with self._averaged(), evaluating(self.networks.values()), autocast:
             for name, data in self.data.held_out.items():
@@ -362,16 +374,3 @@ class Run:
         self.checkpointer.wait()
         if self.world.is_main:
             self.say(f"Report: {write_report(self.directory)}")
-
-
-def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run directory."""
-    from kinema.training.checkpoint import list_checkpoints
-
-    if (path / "meta.json").exists():
-        return path
-    for root in (path / "checkpoints", path):
-        found = list_checkpoints(root) if root.is_dir() else []
-        if found:
-            return found[-1].path
-    raise UserError(f"{path} is no checkpoint and no run directory with a complete checkpoint in it.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kinema.training.metrics import read_metrics
+from kinema.runs.metrics import read_metrics
 
 EMBED_BYTES = 64 * 1024
 """Media files below this are put into the page itself."""

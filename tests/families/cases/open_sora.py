@@ -49,8 +49,7 @@ class OpenSora(Case):
 
     def _size(self, family: Family) -> tuple[int, int, int]:
         side = family.grid // family.variant.patch[1]
-        frames = (self.frames - 1) // 4 + 1
-        return frames, self.height // side, self.width // side
+        return family.lengths.latents(self.frames), self.height // side, self.width // side
 
     def x_t(self, family: Family, inputs: Inputs) -> Tensor:
         return unpack(inputs["hidden_states"], self._size(family), family.variant.patch[1])
@@ -79,10 +78,11 @@ class OpenSora(Case):
 @dataclass(frozen=True, kw_only=True)
 class Dense(OpenSora):
     variant: str = "v2-dc"
+    frames: int = 12
 
     def encoded(self, autoencoder: Any, clip: Tensor) -> Tensor:
-        """No posterior; the last frame stands three times more, so that the length is a multiple of four."""
-        return autoencoder.encode(torch.cat([clip, *[clip[:, :, -1:]] * 3], dim=2))
+        """No posterior."""
+        return autoencoder.encode(clip)
 
 
 @dataclass(frozen=True, kw_only=True)

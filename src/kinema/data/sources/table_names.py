@@ -89,6 +89,7 @@ def check_renamed(names: Iterable[str], renames: Mapping[str, str], file: str) -
             )
 
 
-def is_read(column: str) -> bool:
-    """Whether anything is made of a table's column of this name."""
-    return bool(column) and column not in DERIVED and not column.startswith("__index_level_")  # the last are of pandas
+def is_read(column: str, derived: bool = False) -> bool:
+    """Whether anything is made of a table's column of this name; ``derived``: `DERIVED` ones too."""
+    of_pandas = column.startswith("__index_level_")
+    return bool(column) and (derived or column not in DERIVED) and not of_pandas

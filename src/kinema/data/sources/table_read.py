@@ -25,24 +25,25 @@ ROWS = 16384
 """Rows of a parquet file that are read at once."""
 
 
-def raw_batches(location: str) -> Iterator[pa.RecordBatch]:
-    """The rows of one file of a table, at least one batch, which may be empty. UserError that names the line where it
-    is broken; MediaError for a file that is missing."""
+def raw_batches(location: str, derived: bool = False) -> Iterator[pa.RecordBatch]:
+    """The rows of one file of a table, at least one batch, which may be empty; ``derived``: also columns of a csv file
+    that follow from others in a table of media. UserError that names the line where it is broken; MediaError for a file
+    that is missing."""
     reader = READERS.get(suffix(location))
     if reader is None:
         known = ", ".join(READERS)
         raise UserError(f"{location}: '{suffix(location) or 'no extension'}' is no table's; expected one of {known}")
-    return reader(location)
+    return _read_csv(location, derived) if reader is _read_csv else reader(location)
 
 
-def _read_csv(location: str) -> Iterator[pa.RecordBatch]:
+def _read_csv(location: str, derived: bool = False) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     from pyarrow import csv as arrow_csv
 
     delimiter = "\t" if suffix(location) == ".tsv" else ","
     header = _header(location, delimiter)
     names = [name.strip() for name in header]
-    wanted = {name: pa.string() for name in header if is_read(name.strip())}
+    wanted = {name: pa.string() for name in header if is_read(name.strip(), derived)}
     read_names = [name.strip() for name in wanted]
     yield pa.RecordBatch.from_arrays([pa.array([], pa.string()) for _ in names], names=names)
     checked = False

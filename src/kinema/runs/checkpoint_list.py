@@ -38,6 +38,17 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.sequence)
 
 
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run directory."""
+    if (path / "meta.json").exists():
+        return path
+    for root in (path / "checkpoints", path):
+        found = list_checkpoints(root) if root.is_dir() else []
+        if found:
+            return found[-1].path
+    raise UserError(f"{path} is no checkpoint and no run directory with a complete checkpoint in it.")
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """What ``meta.json`` holds; UserError where it is missing, damaged, or of another format."""
     try:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from kinema.config.init import activations_memory, choose, template, weights_memory, write_new
 from kinema.config.load import load_config
 from kinema.errors import UserError
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.registry import family_class, family_names, open_family
+from kinema.families.template import activations_memory, choose, template, weights_memory, write_new
 
 CARDS = (12, 16, 24, 48, 80)
 VARIANTS = [(name, variant) for name in family_names() for variant in family_class(name).variants]
@@ -30,7 +30,7 @@ def test_every_template_loads_and_suits_its_family(tmp_path: Path, family: str, 
         assert (config.adapter is None) == full
         bound = open_family(config.model)
         bound.validate(config)
-        assert all((frames - 1) % bound.frame_stride == 0 for frames in config.data.buckets.frames)
+        assert all(frames in bound.lengths for frames in config.data.buckets.frames)
         shards = config.parallel.dp_shard
         assert config.training.batch_size % shards == 0
         assert (f"torchrun --nproc-per-node {shards} " in path.read_text()) == (shards > 1)
@@ -61,7 +61,7 @@ def test_the_estimate_in_numbers() -> None:
 @pytest.mark.parametrize("variant", [SMALL, LARGE, PICTURE])
 @pytest.mark.parametrize("full", [False, True])
 def test_choices_fit_and_grow_with_the_card(variant: Variant, full: bool) -> None:
-    choices = [choose(variant, 16, 4 if variant.modality == "video" else 1, card, full) for card in CARDS]
+    choices = [choose(variant, card, full) for card in CARDS]
     for card, choice in zip(CARDS, choices, strict=True):
         assert choice.memory <= card
         assert choice.frames <= variant.sampling.frames
@@ -74,10 +74,10 @@ def test_choices_fit_and_grow_with_the_card(variant: Variant, full: bool) -> Non
 
 def test_sizes_stay_below_what_the_variant_is_made_for() -> None:
     low = replace(SMALL, sampling=SamplingDefaults(480, 832, 49))
-    assert choose(low, 16, 4, 80, False).resolution == 480
-    assert choose(low, 16, 4, 80, False).frames == 49
-    assert choose(SMALL, 16, 4, 80, False).resolution == 720
-    assert choose(replace(SMALL, parameters=10_000_000), 16, 4, 80, False).checkpointing is False
+    assert choose(low, 80, False).resolution == 480
+    assert choose(low, 80, False).frames == 49
+    assert choose(SMALL, 80, False).resolution == 720
+    assert choose(replace(SMALL, parameters=10_000_000), 80, False).checkpointing is False
 
 
 def test_mistakes(tmp_path: Path) -> None:

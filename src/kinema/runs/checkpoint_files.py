@@ -12,13 +12,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, StorageReader, StorageWriter
+from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -49,18 +49,6 @@ DTYPES = {
 }
 """safetensors' names of the types."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CopiesPlanner(DefaultSavePlanner):
-    """torch's planner, but what is written are copies of this rank's parts by name: the tensors go on changing."""
-
-    def __init__(self, copies: Mapping[str, Tensor] | None) -> None:
-        super().__init__()
-        self.copies = copies
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """The data of one planned part."""
-        return super().lookup_object(index) if self.copies is None else self.copies[index.fqn]
 
 
 class SafetensorsWriter(StorageWriter):

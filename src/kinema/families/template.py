@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema.config.data import BucketConfig
-from kinema.config.schema import ModelConfig
 from kinema.config.write import toml_value
 from kinema.errors import UserError
 from kinema.suggest import did_you_mean
@@ -68,7 +67,7 @@ def activations_memory(parameters: int, tokens: int, checkpointing: bool) -> flo
     return 2 * width * tokens * vectors / 1e9
 
 
-def choose(variant: Variant, grid: int, frame_stride: int, card: int, full: bool) -> Choice:
+def choose(variant: Variant, card: int, full: bool) -> Choice:
     """The largest size that cards of ``card`` GB are estimated to hold, sharded over as few as it takes.
 
     Never larger or longer than what the variant is made for. Without activation checkpointing only where the
@@ -76,7 +75,7 @@ def choose(variant: Variant, grid: int, frame_stride: int, card: int, full: bool
     """
     made_for = variant.sampling
     sizes = [
-        (resolution, (frames - 1) // frame_stride * frame_stride + 1)
+        (resolution, variant.lengths.at_most(frames))
         for resolution, frames in (_VIDEO_SIZES if variant.modality == "video" else _IMAGE_SIZES)
         if resolution**2 <= 1.1 * made_for.height * made_for.width
         and frames <= made_for.frames
@@ -85,7 +84,7 @@ def choose(variant: Variant, grid: int, frame_stride: int, card: int, full: bool
 
     def memory(size: tuple[int, int], checkpointing: bool, shards: int) -> float:
         resolution, frames = size
-        tokens = (resolution // grid) ** 2 * ((frames - 1) // frame_stride + 1)
+        tokens = (resolution // variant.grid) ** 2 * variant.lengths.latents(frames)
         activations = activations_memory(variant.parameters, tokens, checkpointing)
         return _RESERVE + weights_memory(variant.parameters, full) / shards + activations
 
@@ -113,8 +112,7 @@ def template(family: str, variant: str | None = None, card: int = 24, full: bool
 
     kind = family_class(family)
     chosen = _variant(kind, family, variant)
-    bound = kind(ModelConfig(family=family, variant=chosen.name))
-    choice = choose(chosen, bound.grid, bound.frame_stride, card, full)
+    choice = choose(chosen, card, full)
     blocks = (
         _head(family, chosen, card, full, choice),
         _model(family, chosen),

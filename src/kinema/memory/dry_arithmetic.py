@@ -1,0 +1,121 @@
+"""What devices do to a step and the meta device does not: fused attention, and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from kinema.memory.dry_run import ATTENTION, DryRun
+
+
+class DryArithmetic(TorchFunctionMode):
+    """Inside, attention is fused: it keeps its inputs, its output and one number a row for the backward pass. With
+    ``compute`` other than float32, autocast to it by the rules for CUDA, without its cache of cast weights, whose bytes
+    ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results."""
+
+    def __init__(self, run: DryRun, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.run = run
+        self.compute = compute
+        self.casts = 0
+        self.attention = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """What runs inside is computed so; networks that ask whether autocast is on are told."""
+        asked = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *_: self.compute != torch.float32  # torch answers for no meta device
+        try:
+            with self:
+                yield
+        finally:
+            torch.is_autocast_enabled = asked
+
+    @contextmanager
+    def checkpointed(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, activation checkpointing of these blocks. They run again in the backward pass, where torch would let
+        go of this mode."""
+        given = list(blocks)
+        for block in given:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), self)
+            )
+        try:
+            yield
+        finally:
+            for block in given:
+                del block.forward
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.compute != torch.float32:
+            if name in _LOWER:
+                args, kwargs = (tree_map(self._lowered, one) for one in (args, kwargs))
+            elif name in _RAISED:
+                args, kwargs = (tree_map(_raised, one) for one in (args, kwargs))
+        if name == "scaled_dot_product_attention":
+            output = _attention(*args, **kwargs)
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            self.attention += output.nbytes + sum(given[one].nbytes for one in ("query", "key", "value"))
+            return output
+        if name == "tolist":
+            return self.run.value(args[0]).tolist()
+        return func(*args, **kwargs)
+
+    def _lowered(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype not in _FLOATS or value.dtype == self.compute:
+            return value
+        cast = value.to(self.compute)
+        self.casts += cast.nbytes if value.requires_grad and value.is_leaf else 0
+        return cast
+
+
+def _raised(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _SHORT else value
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    shape = query.shape
+    query, key, value = (one.reshape(-1, *one.shape[-3:]) for one in (query, key, value))
+    if attn_mask is not None and attn_mask.ndim > 4:
+        attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-3:])
+    output = ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return output.view(*shape[:-1], output.shape[-1])
+
+
+_SHORT = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_SHORT)
+_IN_COMPUTE_TYPE = """
+linear matmul __matmul__ __rmatmul__ mm bmm addmm addmv addbmm baddbmm mv chain_matmul einsum bilinear prelu
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention
+"""
+_IN_FLOAT32 = """
+acos asin cosh exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus layer_norm
+group_norm norm cosine_similarity mse_loss l1_loss smooth_l1_loss huber_loss softmax log_softmax cumsum cumprod prod
+sum logsumexp cdist interpolate
+"""
+"""Both lists are those of torch's CUDA autocast (aten/src/ATen/autocast_mode.h), as far as networks use them."""
+_LOWER, _RAISED = frozenset(_IN_COMPUTE_TYPE.split()), frozenset(_IN_FLOAT32.split())

@@ -1,0 +1,82 @@
+"""What a training changed of its networks, by name, and how it is laid over networks that are fresh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kinema.runs.checkpoint_load import contents, load
+
+PIECE = 2**28
+"""Elements of a checkpoint that are read at once."""
+
+
+def named_trainables(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Parameters that training changes, by ``{network}.{parameter}``; for the EMA too."""
+    return {
+        f"{part}.{name}": parameter
+        for part, network in networks.items()
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def averaged(checkpoint: Path) -> bool:
+    """Whether a checkpoint has averaged weights."""
+    return any(name.startswith("ema.") for name in contents(checkpoint))
+
+
+def lay_over(networks: Mapping[str, nn.Module], checkpoint: Path, ema: bool) -> None:
+    """Copy a checkpoint's trained weights into the parameters that require gradients; UserError for one it lacks.
+
+    ``ema``: the averaged ones where the checkpoint has them. Types may differ; memory holds no network twice.
+    """
+    stored = contents(checkpoint)
+    group = "ema" if ema and averaged(checkpoint) else "networks"
+    parameters = named_trainables(networks)
+    for keys in _pieces({key: value.numel() for key, value in parameters.items()}):
+        tensors = {
+            key: torch.empty(parameters[key].shape, dtype=stored[f"{group}.{key}"][1])
+            for key in keys
+            if f"{group}.{key}" in stored
+        }
+        missing = {key: parameters[key] for key in keys if key not in tensors}
+        load(checkpoint, {group: tensors | missing})  # refuses what is missing, by its name
+        with torch.no_grad():
+            for key, value in tensors.items():
+                parameters[key].copy_(value)
+
+
+def _pieces(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in their order, in pieces of at most `PIECE` elements where that is more than one tensor: memory
+    need not hold a network twice."""
+    piece: list[str] = []
+    for name, size in sizes.items():
+        if piece and sum(sizes[one] for one in piece) + size > PIECE:
+            yield piece
+            piece = []
+        piece.append(name)
+    if piece:
+        yield piece
+
+
+def trained_names(checkpoint: Path, part: str) -> dict[str, str]:
+    """Where a checkpoint has the tensors of a part that trained whole: its names for them, by those of the part's
+    model. The averaged ones where there are some; what is not averaged (buffers) as it is."""
+    stored = contents(checkpoint)
+    found: dict[str, str] = {}
+    for group in ("networks", "ema"):
+        prefix = f"{group}.{part}."
+        found |= {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+    return found
+
+
+def read_trained(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part that trained whole, by the names of its model, in the types they were trained in."""
+    stored, names = contents(checkpoint), trained_names(checkpoint, part)
+    tensors = {name: torch.empty(stored[name][0], dtype=stored[name][1]) for name in names.values()}
+    load(checkpoint, tensors)
+    return {ours: tensors[theirs] for ours, theirs in names.items()}

@@ -1,0 +1,153 @@
+"""A pass on the meta device in segments: recorded at the blocks of a shortened network, and put together again for the
+whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from kinema.memory.dry_arithmetic import DryArithmetic
+from kinema.memory.dry_run import DryRun
+from kinema.parallel.plan_memory import OUTSIDE, Pass, Segment
+
+
+@dataclass(frozen=True)
+class Run:
+    """One block of a shortened network, and the numbers of the blocks of the whole one that it stands for."""
+
+    path: str
+    numbers: range
+
+
+class Recorder:
+    """Cuts a forward and a backward pass into segments, at the calls of blocks and where gradients reach them."""
+
+    def __init__(self, run: DryRun, arithmetic: DryArithmetic) -> None:
+        self.run, self.arithmetic = run, arithmetic
+        self.forward: list[Segment] = []
+        self.backward: list[Segment] = []
+        self._into = self.forward
+        self._block = OUTSIDE
+        self._start = (0, 0, 0, 0)
+        self._carried = 0
+        self._outputs: set[int] = set()
+
+    def start(self) -> None:
+        """Begin; what is alive already counts as kept from the start."""
+        self._open(OUTSIDE)
+        self._start = (0, *self._start[1:])
+
+    def turn(self) -> None:
+        """The forward pass is over."""
+        self.cut(OUTSIDE)
+        self._into = self.backward
+
+    def cut(self, block: int) -> None:
+        """End the segment, begin another."""
+        run, (live, flops, casts, attention) = self.run, self._start
+        self._into.append(
+            Segment(
+                self._block,
+                kept=run.live - live,
+                peak=run.peak - live,
+                own_peak=run.peak_with_aside - live,
+                gradients=run.set_aside,
+                casts=self.arithmetic.casts - casts,
+                flops=run.flops - flops,
+                attention=self.arithmetic.attention - attention if self._into is self.forward else 0,
+                carried=self._carried,
+            )
+        )
+        self._carried = 0
+        self._open(block)
+
+    def _open(self, block: int) -> None:
+        self._block = block
+        self._start = (self.run.live, self.run.flops, self.arithmetic.casts, self.arithmetic.attention)
+        self.run.mark()
+
+    @contextmanager
+    def watching(self, network: nn.Module, paths: list[str]) -> Iterator[None]:
+        """Inside, calls of these blocks of the network are segments, and gradients of weights are set aside."""
+        handles: list[Any] = []
+        for number, path in enumerate(paths):
+            block = network.get_submodule(path)
+            handles.append(block.register_forward_pre_hook(self._before(number), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._after(number)))
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        handles += [p.register_post_accumulate_grad_hook(self._gradient) for p in trained]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in trained:
+                parameter.grad = None
+
+    def _gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.run.release(parameter.grad)
+
+    def _before(self, number: int) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.grad_fn is not None and id(value.grad_fn) not in self._outputs:
+                    self._outputs.add(id(value.grad_fn))
+                    value.register_hook(lambda _: self._reached(OUTSIDE))
+            self.cut(number)
+            self._carried = max((v.nbytes for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)), default=0)
+
+        return hook
+
+    def _after(self, number: int) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            for value in tree_leaves(output):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    self._outputs.add(id(value.grad_fn))
+                    value.register_hook(lambda _: self._reached(number))
+            self.cut(OUTSIDE)
+
+        return hook
+
+    def _reached(self, block: int) -> None:
+        if self._block != block:
+            self.cut(block)
+
+
+def expanded(short: Pass, runs: list[Run]) -> Pass:
+    """The pass of the whole network, from that of the shortened one."""
+    return Pass(_expanded(short.forward, runs, 1), _expanded(short.backward, runs, -1))
+
+
+def _expanded(segments: tuple[Segment, ...], runs: list[Run], step: int) -> tuple[Segment, ...]:
+    """Where a block stands for several, its segment as often, and with it what lies between it and its twin."""
+    found: list[Segment] = []
+    for place, segment in enumerate(segments):
+        if segment.block == OUTSIDE:
+            found.append(segment)
+            continue
+        run = runs[segment.block]
+        twin = segment.block - 1
+        between = _between(segments, place, twin, step) if len(run.numbers) > 1 else []
+        for count, number in enumerate(run.numbers[::step]):
+            if count:
+                found += between
+            found.append(replace(segment, block=number))
+    return tuple(found)
+
+
+def _between(segments: tuple[Segment, ...], place: int, twin: int, step: int) -> list[Segment]:
+    """What lies between a block and the twin that runs before it (forward) or after it (backward)."""
+    found: list[Segment] = []
+    for segment in segments[place - 1 :: -1] if step == 1 else segments[place + 1 :]:
+        if segment.block == twin:
+            return found[::-step]
+        if segment.block != OUTSIDE:
+            break
+        found.append(segment)
+    return []

@@ -1,0 +1,276 @@
+"""A training step on the meta device: what the weights, the optimiser and the passes of a configuration take, found
+without weights, data or a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kinema.config.schema import Config
+from kinema.data.batch import Batch
+from kinema.data.buckets import Bucket
+from kinema.dtypes import torch_dtype
+from kinema.errors import UserError
+from kinema.families.base import Family
+from kinema.families.pipeline_plans import pipeline_units
+from kinema.families.sample_shapes import sample_tensors
+from kinema.families.tensor_plans import tensor_plan
+from kinema.memory.dry_arithmetic import DryArithmetic
+from kinema.memory.dry_run import DryRun
+from kinema.objectives.base import Draws
+from kinema.parallel.plan_memory import OUTSIDE, Pass, Weight
+from kinema.plugins import OBJECTIVES
+from kinema.training.dry_segments import Recorder, Run, expanded
+from kinema.training.networks import FamilyDenoiser
+
+if TYPE_CHECKING:
+    from kinema.adapters.targets import LayerPlan
+
+Plan = Mapping[str, "LayerPlan"]
+
+
+class DryNetworks:
+    """The networks that a configuration trains, without weights: whole to be counted, and shortened to be run.
+
+    Blocks that are alike need not all run: of each row of them the first two stay, and the second stands for the rest.
+    ``precision``: what is computed in, "fp32", "bf16" or "fp16".
+    """
+
+    def __init__(self, config: Config, family: Family, precision: str) -> None:
+        self.config, self.family, self.precision = config, family, precision
+        others = [part for part in family.trained_parts() if not part.startswith("network")]
+        if others:
+            raise UserError(
+                f"model.train: a plan cannot run {' and '.join(others)}, which reads captions in every step. Plan with "
+                "the network alone: --model.train network"
+            )
+        self.weights: list[Weight] = []
+        self.buffers = 0
+        self.networks: dict[str, nn.Module] = {}
+        self.runs: list[Run] = []
+        """Of the first network: experts are alike, and one of them takes a step."""
+        self.blocks = 0
+        self.units: tuple[str, ...] = ()
+        self.unit_of: tuple[int, ...] = ()
+        """What a pipeline can be cut between, and the unit of each block."""
+        plans = self._adapter_plans()
+        for part in family.trained_parts():
+            self._add(part, plans.get(part, {}))
+
+    def _adapter_plans(self) -> dict[str, Plan]:
+        from kinema.adapters.targets import adaptable_modules, plan_layers
+
+        if self.config.adapter is None:
+            return {}
+        parts = self.family.trained_parts()
+        modules = {part: adaptable_modules(self.family.empty(part)) for part in parts}
+        defaults = {part: self.family.adapter_targets(part) for part in parts}
+        return dict(plan_layers(modules, self.config.adapter, defaults))
+
+    def _add(self, part: str, plan: Plan) -> None:
+        config, family = self.config, self.family
+        network = family.empty(part)
+        stored = getattr(config.model, part).dtype
+        in_float8 = stored == "fp8"
+        if stored in (None, "fp8"):
+            stored = "fp32" if config.adapter is None else self.precision
+        _convert(network, torch_dtype(stored))
+        network.requires_grad_(config.adapter is None)
+        paths = {id(module): path for path, module in network.named_modules()}
+        blocks = [block for group in family.blocks(network).values() for block in group]
+        numbers = {paths[id(block)]: number for number, block in enumerate(blocks)}
+        first = not self.networks
+        self.weights += _weights(network, numbers, config, plan, in_float8, takes_part=first)
+        self.buffers += sum(buffer.nbytes for buffer in network.buffers())
+        if first:
+            self.units = tuple(unit.name for unit in pipeline_units(network, family.blocks(network)))
+            self.unit_of = tuple(_unit_of(path, self.units) for path in numbers)
+        runs, renamed = shorten(network, family, plan)
+        if config.adapter is not None:
+            from kinema.adapters.inject import add_planned
+
+            add_planned(network, config.adapter, renamed, config.run.seed)
+        self.networks[part] = network.train()
+        if first:
+            self.runs, self.blocks = runs, len(blocks)
+
+    def run(self, bucket: Bucket, samples: int, checkpointing: bool, text_tokens: int | None = None) -> Pass:
+        """One micro-batch of ``samples`` samples of a bucket, forward and backward."""
+        controls = max((len(source.controls) for source in self.config.data.sources), default=0)
+        tensors = sample_tensors(self.family, bucket, text_tokens, controls)
+        rows = {name: [value] * samples for name, value in tensors.items()}
+        batch = Batch(0, rows, [""] * samples, list(range(samples)), [1 / samples] * samples)
+        objective = OBJECTIVES.load(self.config.objective.type)(self.config.objective, self.family)
+        denoisers = {"student": FamilyDenoiser(self.family, self.networks)}
+        dry = DryRun()
+        arithmetic = DryArithmetic(dry, torch_dtype(self.precision))
+        for network in self.networks.values():
+            dry.exclude([*network.parameters(), *network.buffers()])
+        recorder = Recorder(dry, arithmetic)
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of a kernel's choice
+            if checkpointing:
+                groups = [self.family.blocks(network).values() for network in self.networks.values()]
+                blocks = itertools.chain.from_iterable(itertools.chain.from_iterable(groups))
+                stack.enter_context(arithmetic.checkpointed(blocks))
+            for network in self.networks.values():
+                stack.enter_context(recorder.watching(network, [run.path for run in self.runs]))
+            stack.enter_context(dry)
+            stack.enter_context(arithmetic())
+            dry.count(rows)
+            recorder.start()
+            loss = objective(batch, denoisers, Draws(self.config.run.seed, 0))
+            recorder.turn()
+            loss.total.backward()
+            recorder.cut(OUTSIDE)
+        return expanded(Pass(tuple(recorder.forward), tuple(recorder.backward)), self.runs)
+
+
+def _convert(network: nn.Module, dtype: torch.dtype) -> None:
+    from kinema.families.loading import kept_in_float32
+
+    exact = kept_in_float32(network, dtype)
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
+
+
+def _weights(
+    network: nn.Module, numbers: Mapping[str, int], config: Config, plan: Plan, in_float8: bool, takes_part: bool
+) -> list[Weight]:
+    """Every tensor of a network and of its adapter. ``takes_part``: whether it gets gradients in a step."""
+    from kinema.adapters.preflight import planned
+    from kinema.adapters.targets import adaptable_modules
+
+    tensors: dict[str, tuple[Tensor, bool]] = {name: (p, p.requires_grad) for name, p in network.named_parameters()}
+    if config.adapter is not None:
+        dtype = torch_dtype(config.adapter.dtype)
+        state = planned(config.adapter, plan, adaptable_modules(network), "network").state
+        tensors |= {name: (value.to(dtype), True) for name, value in state.items()}
+    of = {name: _block_of(name, numbers) for name in tensors}
+    trained = {name: nn.Parameter(value.detach()) for name, (value, trains) in tensors.items() if trains}
+    matrices = {name for name, value in trained.items() if of[name] != OUTSIDE and value.ndim == 2}
+    states = _optimizer_state(trained, matrices, config)
+    shared = _shared_layers(network)
+    weights = []
+    for name, (value, trains) in tensors.items():
+        inside = of[name] != OUTSIDE
+        size = value.nbytes
+        if in_float8 and not trains and inside and value.ndim == 2 and name.endswith(".weight"):
+            size = value.numel() + 4 * value.shape[0]
+        average = value.numel() * max(4, value.itemsize) if trains and config.training.ema is not None else 0
+        weights.append(
+            Weight(
+                block=of[name],
+                elements=value.numel(),
+                rows=value.shape[0] if value.ndim else 1,
+                bytes=size,
+                trains=trains,
+                gradient=value.nbytes if trains and takes_part else 0,
+                state=states.get(name, 0),
+                average=average,
+                splits=value.ndim == 2 and any(pattern.fullmatch(name) for pattern in shared),
+                adapts=config.adapter is not None and trains,
+            )
+        )
+    return weights
+
+
+def _unit_of(path: str, units: tuple[str, ...]) -> int:
+    return next(number for number, unit in enumerate(units) if path == unit or path.startswith(f"{unit}."))
+
+
+def _shared_layers(network: nn.Module) -> list[re.Pattern[str]]:
+    """Names of the weights that tensor parallel shares."""
+    plan = tensor_plan(network)
+    names = [] if plan is None else [name for name, split in plan.layers.items() if split.kind != "head_norm"]
+    return [re.compile(re.escape(name).replace(r"\*", "[^.]+") + r"(\.(weight|lora_[AB]\.weight))?") for name in names]
+
+
+def _block_of(name: str, numbers: Mapping[str, int]) -> int:
+    words = name.split(".")
+    prefixes = (".".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((numbers[prefix] for prefix in prefixes if prefix in numbers), OUTSIDE)
+
+
+def _optimizer_state(trained: Mapping[str, nn.Parameter], matrices: set[str], config: Config) -> dict[str, int]:
+    """Bytes of the state of each tensor: what the optimiser makes at its first step."""
+    from kinema.optim.optimizers import build_optimizers, is_vector
+
+    inside = {name for name in matrices if not is_vector(trained[name])}
+    optimizers = build_optimizers({f"network.{name}": p for name, p in trained.items()},
+                                  {f"network.{name}" for name in inside}, config.optimizer)  # fmt: skip
+    for parameter in trained.values():
+        parameter.grad = torch.empty_like(parameter)
+    names = {id(parameter): name for name, parameter in trained.items()}
+    found: dict[str, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group |= {key: False for key in ("fused", "foreach") if key in group}  # kernels that no meta device has
+        optimizer.step()
+        for parameter, state in optimizer.state.items():
+            found[names[id(parameter)]] = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    return found
+
+
+def shorten(network: nn.Module, family: Family, plan: Plan) -> tuple[list[Run], Plan]:
+    """Take out of a network, in place, the blocks that others stand for; the runs, and the plan of an adapter with the
+    names of what stays."""
+    paths = {id(module): path for path, module in network.named_modules()}
+    runs: list[Run] = []
+    moved: dict[str, str] = {}
+    number = 0
+    for group in family.blocks(network).values():
+        path = paths.get(id(group))
+        kept: list[nn.Module] = []
+        for _, alike in itertools.groupby(group, key=lambda block: _kind(block, paths[id(block)], plan)):
+            row = list(alike)
+            stay = len(row) if path is None else min(2, len(row))
+            for place, block in enumerate(row[:stay]):
+                own = paths[id(block)]
+                new = own if path is None else f"{path}.{len(kept)}"
+                last = number + place + 1 if place + 1 < stay else number + len(row)
+                runs.append(Run(new, range(number + place, last)))
+                moved[own] = new
+                kept.append(block)
+            number += len(row)
+        if path is not None:
+            parent, _, leaf = path.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, nn.ModuleList(kept))
+    return runs, _renamed(network, plan, moved)
+
+
+def _kind(block: nn.Module, path: str, plan: Plan) -> tuple[Any, ...]:
+    """What blocks have in common that are alike."""
+    own = sorted((name.removeprefix(path), one.rank) for name, one in plan.items() if name.startswith(f"{path}."))
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+    return type(block), shapes, tuple(own)
+
+
+def _renamed(network: nn.Module, plan: Plan, moved: Mapping[str, str]) -> Plan:
+    """The plan for the layers that are still there, by their new names."""
+    there = {name for name, _ in network.named_modules()}
+    new: dict[str, LayerPlan] = {}
+    for name, one in plan.items():
+        words = name.split(".")
+        prefixes = (".".join(words[:count]) for count in range(len(words), 0, -1))
+        block = next((prefix for prefix in prefixes if prefix in moved), None)
+        if block is not None:
+            new[moved[block] + name.removeprefix(block)] = one
+        elif name in there and not _is_numbered_like(name, moved):
+            new[name] = one
+    return new
+
+
+def _is_numbered_like(name: str, moved: Mapping[str, str]) -> bool:
+    """Whether a layer lies in a list of blocks, in a block that is gone."""
+    lists = {path.rpartition(".")[0] for path in moved if path.rpartition(".")[2].isdecimal()}
+    words = name.split(".")
+    return any(".".join(words[:count]) in lists for count in range(1, len(words)))

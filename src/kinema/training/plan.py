@@ -1,0 +1,214 @@
+"""``kinema plan``: what a configuration takes on a cluster, found on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kinema.config.schema import Config
+from kinema.data.batch_sizes import batch_sizes, sizes_of_tables, tokens_of
+from kinema.data.buckets import Bucket, bucket_groups
+from kinema.dtypes import torch_dtype
+from kinema.errors import UserError
+from kinema.families.base import Family
+from kinema.families.registry import open_family
+from kinema.parallel.devices import Cluster
+from kinema.parallel.mesh import Sizes, sizes_of
+from kinema.parallel.plan import Batch, Candidate, Forecast, Found, Workload, search
+from kinema.parallel.plan_memory import Model, Pass, merged
+from kinema.parallel.plan_time import MFU
+
+if TYPE_CHECKING:
+    from kinema.training.dry_step import DryNetworks
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``kinema plan`` says."""
+
+    config: Config
+    title: str
+    cluster: Cluster
+    mfu: float
+    bucket: Bucket
+    precision: str
+    given: Forecast | None
+    """The plan of the configuration; None where it cannot be."""
+    problem: str
+    """Why it cannot."""
+    found: Found
+    encoders: dict[str, float]
+    """Bytes of the encoders that are loaded at once while the cache is filled, by encoding."""
+    notes: tuple[str, ...]
+
+
+def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens: int | None = None) -> Report:
+    """Forecast the plan of a configuration and search for better ones. Reads no weights and no data, fetches nothing.
+
+    UserError where the model's configuration is nowhere at hand, and for what the meta device cannot run.
+    """
+    from kinema.training.dry_step import DryNetworks
+
+    family = planning_family(config)
+    precision = "bf16" if config.training.precision == "auto" else config.training.precision
+    networks = DryNetworks(config, family, precision)
+    parallel = config.parallel
+    model = Model(
+        merged(networks.weights), networks.buffers, networks.blocks, parallel.schedule, parallel.stages_per_rank,
+        parallel.partition, tuple(parallel.split), networks.units, networks.unit_of,
+    )  # fmt: skip
+    given, problem = None, ""
+    sizes = Sizes(dp_replicate=cluster.count)
+    try:
+        sizes = sizes_of(parallel, cluster.count)
+    except UserError as error:
+        problem = str(error)
+    bucket = heaviest(config, family, sizes)
+    passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
+    workload = Workload(model, passes, batches, splits=config.training.micro_batch_size is None)
+    refusal = _refusals(config, family, workload)
+    if not problem and (reason := refusal(sizes)):
+        problem = reason[1]
+    if not problem:
+        given = workload.forecast(Candidate(sizes, config.training.activation_checkpointing), cluster, mfu)
+    return Report(
+        config=config,
+        title=_title(config, family, networks),
+        cluster=cluster,
+        mfu=mfu,
+        bucket=bucket,
+        precision=precision,
+        given=given,
+        problem=problem,
+        found=search(workload, cluster, refusal, mfu),
+        encoders=encoder_bytes(config, family, precision),
+        notes=_notes(config),
+    )
+
+
+def planning_family(config: Config) -> Family:
+    """The family of a configuration, with nothing that would be loaded or fetched: a published model is known by the
+    configuration that ships with kinema."""
+    from kinema.families.loading import is_hub_id
+
+    known = config.model.variant is not None and is_hub_id(config.model.path)
+    changes = {"random_weights": True} | ({"path": None} if known else {})
+    return open_family(config.model.model_copy(update=changes), config.run.seed)
+
+
+def heaviest(config: Config, family: Family, sizes: Sizes) -> Bucket:
+    """The bucket of which one device gets the most tokens at once."""
+    settings = [source.buckets for source in config.data.sources if source.buckets is not None]
+    groups = [group for one in settings for group in bucket_groups(one, family.grid, family.lengths)]
+    buckets = list(dict.fromkeys(bucket for group in groups for bucket in group.buckets))
+
+    def load(bucket: Bucket) -> tuple[int, int]:
+        tokens = tokens_of(bucket, family.grid, family.lengths)
+        return tokens * _batch(config, family, bucket, sizes).micro, tokens
+
+    return max(buckets, key=load)
+
+
+def _batch(config: Config, family: Family, bucket: Bucket, sizes: Sizes) -> Batch:
+    (size,) = batch_sizes(
+        config.training, [bucket], grid=family.grid, lengths=family.lengths, ranks=sizes.dp,
+        table=sizes_of_tables(config.data.sources, family.grid),
+    )  # fmt: skip
+    share = -(-size.total // sizes.dp)
+    limits = [config.training.micro_batch_size, size.device, share]
+    micro = min(limit for limit in limits if limit is not None)
+    if sizes.pp > 1 and config.training.micro_batch_size is None:
+        micro = max(1, min(micro, share // sizes.pp))  # a pipeline without micro-batches stands idle
+    return Batch(size.total, micro, -(-share // micro))
+
+
+def _batches(config: Config, family: Family, bucket: Bucket) -> Callable[[Sizes], Batch]:
+    return lambda sizes: _batch(config, family, bucket, sizes)
+
+
+def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[bool, int], Pass]:
+    """Passes of any number of samples: on the line through those of one and of two."""
+
+    @cache
+    def run(checkpointing: bool, samples: int) -> Pass:
+        return networks.run(bucket, samples, checkpointing, text_tokens)
+
+    @cache
+    def at(checkpointing: bool, samples: int) -> Pass:
+        one = run(checkpointing, 1)
+        return one if samples == 1 else one.at(run(checkpointing, 2), samples)
+
+    return at
+
+
+def _refusals(config: Config, family: Family, workload: Workload) -> Callable[[Sizes], tuple[str, str] | None]:
+    """What the model or the batch cannot do, by the checks that a training makes when it starts."""
+    from kinema.parallel.plan_memory import blocks_of
+    from kinema.parallel.sequence import check_sequence_parallel
+    from kinema.parallel.tensor import check_tensor_parallel
+
+    def message(check: Callable[[], object]) -> str | None:
+        try:
+            check()
+        except UserError as error:
+            return str(error)
+        return None
+
+    @cache
+    def of(name: str, size: int) -> str | None:
+        if name == "pp":
+            return message(lambda: blocks_of(workload.model, size))
+        if name == "sp":
+            return message(lambda: check_sequence_parallel(size, "parallel.sp", family, family.trained_parts()))
+        asked = config.model_copy(update={"parallel": config.parallel.model_copy(update={name: size})})
+        return message(lambda: check_tensor_parallel(asked, family))
+
+    def refusal(sizes: Sizes) -> tuple[str, str] | None:
+        for name in ("tp", "sp", "pp"):
+            size = getattr(sizes, name)
+            if size > 1 and (reason := of(name, size)):
+                return f"{name} = {size}", reason
+        part = next((p for p in family.trained_parts() if getattr(config.model, p).dtype == "fp8"), None)
+        if part is not None and sizes.dp_shard > 1:
+            return "dp_shard > 1", f'model.{part}.dtype = "fp8": FSDP2 shards blocks whose weights have one type.'
+        total = workload.batch(sizes).total
+        if total < sizes.dp:
+            reason = f"a batch of {total} samples leaves {sizes.dp - total} of {sizes.dp} shares without one."
+            return f"dp_replicate x dp_shard above {total}", reason
+        return None
+
+    return refusal
+
+
+def encoder_bytes(config: Config, family: Family, precision: str) -> dict[str, float]:
+    """What the encoders weigh that are loaded at once, by encoding."""
+    from kinema.families.catalog import SIZES
+
+    published = json.loads(SIZES.read_text(encoding="utf-8")).get(family.name, {}).get(family.variant.name, {})
+    found: dict[str, float] = {}
+    for encoding in family.encodings():
+        parts = [part for part in encoding.parts if part in published]
+        types = {part: family.part_dtype(part, torch_dtype(precision)) for part in parts}
+        found[encoding.name] = sum(published[part] * types[part].itemsize for part in parts)
+    return {name: size for name, size in found.items() if size}
+
+
+def _title(config: Config, family: Family, networks: DryNetworks) -> str:
+    total = sum(w.elements for w in networks.weights if not w.adapts)
+    trained = sum(w.elements for w in networks.weights if w.trains)
+    what = "all of it" if config.adapter is None else f"{config.adapter.type} of {trained / 1e6:.0f}M parameters"
+    return f"{family.name} {family.variant.name}, {total / 1e9:.2f}B parameters, trains {what}"
+
+
+def _notes(config: Config) -> tuple[str, ...]:
+    notes = []
+    if config.training.batch_size == "auto" and config.training.token_budget is None:
+        notes.append('batch_size = "auto" is found by trial when a run starts: planned with one sample on each device.')
+    if config.training.compile:
+        notes.append("training.compile: what a compiler fuses takes less memory and time than is forecast here.")
+    if config.data.online:
+        notes.append(f"data.online: the encoders of {' and '.join(config.data.online)} lie on the devices besides.")
+    return tuple(notes)

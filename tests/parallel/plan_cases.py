@@ -1,0 +1,255 @@
+"""Steps of small trainings whose memory and traffic are counted, for the forecast to be held against.
+
+Alone, `measured` counts the bytes of tensors that are alive in one process. Run by torchrun, cases run under every plan
+of `PLANS`: ``torchrun --nproc-per-node 2 plan_cases.py DIRECTORY CASE...``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kinema.config.schema import Config, ParallelConfig
+from kinema.data.batch import Batch
+from kinema.data.buckets import Bucket
+from kinema.families.base import Family
+from kinema.families.registry import family_class, open_family
+from kinema.families.sample_shapes import sample_tensors
+from kinema.memory.dry_run import LiveBytes
+from kinema.optim.ema import Ema
+from kinema.optim.optimizers import build_optimizers
+from kinema.parallel.data import accumulate
+from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.plan_memory import Memory, Model, forecast
+from kinema.parallel.plan_time import Traffic, traffic
+from kinema.plugins import OBJECTIVES
+from kinema.runs.trained import named_trainables
+from kinema.training.dry_step import DryNetworks
+from kinema.training.loop import Trainer, Work, train_step
+from kinema.training.networks import FamilyDenoiser, block_matrices, load_networks
+from kinema.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class Small:
+    """A network of a family that is small, but whose weights and activations are most of what a step takes."""
+
+    family: str
+    variant: str
+    network: dict[str, Any]
+    """Changes to the tiny network's configuration."""
+    bucket: Bucket
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}-{self.variant}"
+
+
+SMALL = (
+    Small("wan", "t2v-1.3b", {"num_attention_heads": 16, "ffn_dim": 768, "num_layers": 4}, Bucket(9, 96, 96)),
+    Small("flux", "dev", {"num_attention_heads": 10, "num_single_layers": 3}, Bucket(1, 160, 160)),
+    Small(
+        "hunyuan_video",
+        "t2v",
+        {"num_attention_heads": 12, "num_layers": 3, "num_single_layers": 3},
+        Bucket(9, 96, 96),
+    ),
+    Small("qwen_image", "base", {"num_attention_heads": 10}, Bucket(1, 160, 160)),
+    Small("open_sora", "v2", {"hidden_size": 192, "num_heads": 8, "depth": 3}, Bucket(9, 96, 96)),
+    Small("sd3", "sd3.5-medium", {"num_attention_heads": 20, "caption_projection_dim": 160}, Bucket(1, 160, 160)),
+)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"training": {"ema": {"decay": 0.99}}},
+    "full, checkpointed": {"training": {"ema": {"decay": 0.99}, "activation_checkpointing": True}},
+    "full, accumulated": {"training": {"batch_size": 4, "micro_batch_size": 1}},
+    "lora": {"adapter": {"rank": 8}},
+    "lora, checkpointed": {"adapter": {"rank": 8}, "training": {"activation_checkpointing": True}},
+}
+
+
+def write(small: Small, root: Path) -> Path:
+    """The model's configurations on disk."""
+    directory = root / small.id
+    if not directory.exists():
+        family_class(small.family).tiny(directory, small.variant, seed=1)
+        path = directory / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | small.network))
+    return directory
+
+
+def config_of(small: Small, directory: Path, kind: str) -> Config:
+    """A training of the network from random weights; ``kind``: of `KINDS`."""
+    tables = KINDS[kind]
+    return Config.model_validate(
+        {
+            "model": {
+                "family": small.family,
+                "variant": small.variant,
+                "path": str(directory),
+                "random_weights": True,
+                "text_length": 64,
+            },
+            "data": {"sources": [{"path": str(directory)}]},
+            **tables,
+            "training": {"steps": 10, "precision": "fp32", "batch_size": 2} | tables.get("training", {}),
+        }
+    )
+
+
+def batch_of(family: Family, bucket: Bucket, samples: int) -> Batch:
+    tensors = {name: torch.randn(value.shape) for name, value in sample_tensors(family, bucket).items()}
+    rows = {name: [value.clone() for _ in range(samples)] for name, value in tensors.items()}
+    return Batch(0, rows, [""] * samples, list(range(samples)), [1 / samples] * samples)
+
+
+def trainer_of(config: Config, family: Family, world: World) -> tuple[Trainer, dict[str, Any]]:
+    """As a run makes them."""
+    networks = load_networks(config, family, world)
+    parameters = named_trainables(networks)
+
+    @contextmanager
+    def accumulating(last: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            for network in networks.values():
+                stack.enter_context(accumulate(network, last))
+            yield
+
+    ema = config.training.ema
+    trainer = Trainer(
+        config=config,
+        world=world,
+        networks={"student": FamilyDenoiser(family, networks)},
+        parameters=parameters,
+        objective=OBJECTIVES.load("flow")(config.objective, family),
+        optimizers=build_optimizers(parameters, block_matrices(networks, family), config.optimizer),
+        compute_dtype=torch.float32,
+        progress=Progress(),
+        total_steps=10,
+        ema=None if ema is None else Ema(parameters.items(), ema.decay),
+        accumulating=accumulating,
+    )
+    return trainer, networks
+
+
+def held(trainer: Trainer, networks: dict[str, Any], batch: Batch) -> list[Tensor]:
+    """What is there between two steps."""
+    tensors: list[Any] = [*batch.tensors.values()]
+    for network in networks.values():
+        tensors += [*network.parameters(), *network.buffers()]
+    for optimizer in trainer.optimizers:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    if trainer.ema is not None:
+        tensors += trainer.ema.averages.values()
+    flat = torch.utils._pytree.tree_leaves(tensors)
+    return [one.to_local() if isinstance(one, DTensor) else one for one in flat if isinstance(one, Tensor)]
+
+
+@contextmanager
+def seeing_resizes(live: LiveBytes) -> Iterator[None]:
+    """FSDP2 gives storages back by resizing them, which no operator does."""
+    resize = torch.UntypedStorage.resize_
+
+    def seen(storage: Any, size: int) -> Any:
+        resize(storage, size)
+        live.resized(storage)
+        return storage
+
+    torch.UntypedStorage.resize_ = seen  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that collectives are given, by kind; single numbers, such as the norm of the gradients, left out."""
+
+    OPERATORS: ClassVar = {
+        torch.ops.c10d.allreduce_.default: ("all_reduce", 0),
+        torch.ops.c10d._allgather_base_.default: ("all_gather", 0),
+        torch.ops.c10d._reduce_scatter_base_.default: ("reduce_scatter", 1),
+    }
+    NUMBERS = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.OPERATORS:
+            kind, place = self.OPERATORS[func]
+            tensors = torch.utils._pytree.tree_leaves(args[place])
+            self.bytes[kind] += sum(one.nbytes for one in tensors if one.numel() > self.NUMBERS)
+        return func(*args, **(kwargs or {}))
+
+
+def measured(config: Config, bucket: Bucket, world: World) -> tuple[int, Counter[str]]:
+    """The largest number of bytes of tensors that were alive at once in the second of two steps, and what collectives
+    were given in it."""
+    family = open_family(config.model)
+    trainer, networks = trainer_of(config, family, world)
+    size = config.training.batch_size
+    assert isinstance(size, int)
+    batch = batch_of(family, bucket, size // world.dp_size)
+    work = Work(batch, size, config.training.micro_batch_size, 0.0)
+    train_step(trainer, work, 0)
+    gc.collect()
+    live = LiveBytes("cpu")
+    live.count(held(trainer, networks, batch))
+    live.mark()
+    with Sent() as sent, live, seeing_resizes(live):
+        train_step(trainer, work, 0)
+    return live.peak, sent.bytes
+
+
+def expected(config: Config, bucket: Bucket, sizes: Sizes) -> tuple[Memory, Traffic]:
+    """The forecast of the same step, for CPUs."""
+    networks = DryNetworks(config, open_family(config.model), "fp32")
+    training = config.training
+    assert isinstance(training.batch_size, int)
+    share = training.batch_size // sizes.dp
+    micro = min(training.micro_batch_size or share, share)
+    one = networks.run(bucket, 1, training.activation_checkpointing)
+    if micro > 1:
+        one = one.at(networks.run(bucket, 2, training.activation_checkpointing), micro)
+    model = Model(tuple(networks.weights), networks.buffers, networks.blocks)
+    return forecast(model, one, sizes, share // micro, on_gpu=False), traffic(model, one, sizes, share // micro)
+
+
+PLANS = {"replicated": Sizes(dp_replicate=2), "sharded": Sizes(dp_shard=2)}
+
+
+def main(root: Path, cases: list[str]) -> None:
+    """``cases``: such as "wan-t2v-1.3b/lora", on both plans."""
+    torch.set_num_threads(1)
+    started = start(ParallelConfig(), "cpu")
+    found: dict[str, Any] = {}
+    for case in cases:
+        small = next(one for one in SMALL if one.id == case.partition("/")[0])
+        for plan, sizes in PLANS.items():
+            world = lay_out(started, sizes)
+            config = config_of(small, root / small.id, case.partition("/")[2])
+            of_ranks = world.gather_objects(measured(config, small.bucket, world))
+            found[f"{case}/{plan}"] = max(peak for peak, _ in of_ranks), of_ranks[0][1]
+    if started.is_main:
+        (root / "measured.json").write_text(json.dumps(found))
+    stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

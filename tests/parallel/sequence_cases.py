@@ -1,0 +1,231 @@
+"""Sequence parallel passes and trainings that must give what one process gives.
+
+Trainings are `pipeline_cases.Plan`s through the real loop. Beside them, in float64: the prediction and every gradient
+of a family's tiny network (``exact:MODEL``), and attention by itself. ``torchrun --nproc-per-node 2 sequence_cases.py
+DIRECTORY CASE...`` runs them one after the other on the same processes, which all share the sequence unless a plan says
+otherwise, and leaves rank 0's results there; the tests run the same functions in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pipeline_cases import ALL, Plan, batch_of, family_of, train
+from torch import Tensor, nn
+
+from kinema.config.schema import ParallelConfig
+from kinema.errors import UserError
+from kinema.families.sequence_plans import Attention, sequence_plans
+from kinema.memory.checkpointing import checkpoint_blocks
+from kinema.memory.compile import compile_blocks
+from kinema.parallel.data import accumulate, shard
+from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.sequence import split_sequences
+from kinema.parallel.ulysses import Layout, Peers, attend
+from kinema.sampling.pipeline import SampleSettings, sample_many
+from kinema.sampling.together import Together
+
+Result = dict[str, Any]
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """What networks do in float32 on purpose, in float64: no rounding hides a small error."""
+    to, real, norm = torch.Tensor.to, torch.Tensor.float, torch.linalg.vector_norm
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    def wider(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return to(tensor, *map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+
+    torch.Tensor.to, torch.Tensor.float = wider, torch.Tensor.double  # type: ignore[method-assign]
+    torch.linalg.vector_norm = lambda x, **kwargs: norm(x, **{k: wide(v) for k, v in kwargs.items()})
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float, torch.linalg.vector_norm = to, real, norm  # type: ignore[method-assign]
+
+
+def network_of(world: World, name: str, root: Path, dtype: torch.dtype, compiled: bool = False) -> nn.Module:
+    """A tiny network of which everything trains, no weight zero; checkpointed unless it is compiled."""
+    family = family_of(ALL[name], root / name)
+    network = family.load("network", "cpu", dtype).to(dtype).train().requires_grad_(True)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.abs().max() == 0:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    blocks = family.blocks(network)
+    split_sequences(network, blocks, world)
+    if compiled:
+        compile_blocks(blocks, "aot_eager")
+    else:
+        checkpoint_blocks(blocks)
+    shard(network, blocks, world)
+    return network
+
+
+def predicted(world: World, network: nn.Module, name: str, root: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The prediction for two captions (of unlike lengths) and what it should be."""
+    family = family_of(ALL[name], root / name)
+    samples = torch.load(root / f"{name}.pt", weights_only=True)
+    rows = [{key: v.to(dtype) if v.is_floating_point() else v for key, v in sample.items()} for sample in samples]
+    prepared = family.prepare(batch_of(*rows), {})
+    x_0 = prepared.latents.to(dtype)
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(7), dtype=dtype)
+    t = torch.tensor([0.3, 0.6])
+    t_at = t.view(-1, 1, 1, 1, 1) * (1.0 if prepared.given is None else 1 - prepared.given)
+    x_t = ((1 - t_at) * x_0 + t_at * eps).to(dtype)
+    return family.predict(network, x_t, t if prepared.given is None else t_at, prepared.conditioning), eps
+
+
+def exact(world: World, root: Path, name: str) -> Result:
+    """Prediction and gradients of a family's network in float64, and how many tokens its blocks saw at most."""
+    network = network_of(world, name, root, torch.float64)
+    seen: list[int] = []
+    blocks = family_of(ALL[name], root / name).blocks(network)
+    for listed in sequence_plans(network) or {}:
+        for norm in (one for one in blocks[listed].modules() if isinstance(one, nn.LayerNorm)):
+            norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with in_float64():
+        prediction, eps = predicted(world, network, name, root, torch.float64)
+        with accumulate(network):
+            ((prediction - eps).square().mean() / world.sizes.sp).backward()
+    gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
+    return {"prediction": prediction.detach(), "gradients": gradients, "seen": max(seen, default=0)}
+
+
+def compiled(world: World, root: Path, name: str) -> Result:
+    """The same in float32 with blocks compiled; clips of two sizes, after which sizes are dynamic."""
+    network = network_of(world, name, root, torch.float32, compiled=True)
+    prediction, eps = predicted(world, network, name, root, torch.float32)
+    with accumulate(network):
+        ((prediction - eps).square().mean() / world.sizes.sp).backward()
+    gradients = {key: p.grad for key, p in network.named_parameters() if p.grad is not None}
+    return {"prediction": prediction.detach(), "gradients": gradients, "seen": 0}
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "even": {"heads": 4, "lengths": {"text": 4, "video": 12}},
+    "uneven": {"heads": 3, "lengths": {"text": 5, "video": 7}},
+    "short": {"heads": 5, "lengths": {"text": 1, "video": 3}},
+    "one_head": {"heads": 1, "lengths": {"text": 3, "video": 4}},
+    "grouped": {"heads": 6, "keys": 3, "lengths": {"text": 2, "video": 9}},
+    "masked": {"heads": 3, "lengths": {"text": 4, "video": 5}, "mask": (2, 1, 9, 9)},
+    "masked_heads": {"heads": 3, "lengths": {"text": 4, "video": 5}, "mask": (1, 3, 1, 9)},
+    "cross": {"heads": 3, "lengths": {"video": 7}, "whole": 4, "mask": (2, 1, 7, 4)},
+    "empty": {"heads": 2, "lengths": {"text": 0, "video": 5}},
+}
+"""Calls of attention: heads (of keys, where they are fewer), tokens of each stream, the mask's shape."""
+
+
+def attention(world: World, root: Path, name: str) -> Result:
+    """The output [2, H, L, 6] of one call and the gradients of what goes into it."""
+    call, generator = ATTENTIONS[name], torch.Generator().manual_seed(11)
+    lengths, heads, total = call["lengths"], call["heads"], sum(call["lengths"].values())
+    plan = Attention(tuple(lengths), whole_keys="whole" in call)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = [draw(2, heads, total, 6)]
+    inputs += [draw(2, call.get("keys", heads), call.get("whole", total), 6) for _ in range(2)]
+    wanted, mask = draw(2, heads, total, 6), draw(*call["mask"]) if "mask" in call else None
+    options = {"attn_mask": mask, "enable_gqa": "keys" in call, "scale": 0.7}
+    for one in inputs:
+        one.requires_grad_()
+    if world.size == 1:
+        output = nn.functional.scaled_dot_product_attention(*inputs, **options)
+    else:
+        layout = Layout(Peers(world.group("sp"), world.rank, world.size), lengths)
+        split = [i == 0 or not plan.whole_keys for i in range(3)]
+        local = [_split(layout, one) if its else one for one, its in zip(inputs, split, strict=True)]
+        output = _gathered(layout, attend(layout, plan, *local, **options))
+    gradients = torch.autograd.grad((output - wanted).square().sum() / world.size, inputs)
+    if world.size > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+    return {"output": output.detach(), "gradients": dict(zip("qkv", gradients, strict=True))}
+
+
+def _split(layout: Layout, heads: Tensor) -> Tensor:
+    streams = heads.transpose(1, 2).split(list(layout.lengths.values()), dim=1)
+    parts = [layout.split(one, name) for one, name in zip(streams, layout.lengths, strict=True)]
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def _gathered(layout: Layout, heads: Tensor) -> Tensor:
+    streams = heads.transpose(1, 2).split([layout.held(name) for name in layout.lengths], dim=1)
+    parts = [layout.gather(one, name) for one, name in zip(streams, layout.lengths, strict=True)]
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def other_kernels(world: World, root: Path, name: str) -> Result:
+    """What a network says whose attention does not go through torch's kernels."""
+    network = network_of(world, name, root, torch.float32)
+    attention, sdpa = nn.functional, nn.functional.scaled_dot_product_attention
+    attention.scaled_dot_product_attention = lambda query, key, value, **_: query  # type: ignore[assignment]
+    try:
+        predicted(world, network, name, root, torch.float32)
+    except UserError as error:
+        return {"message": str(error)}
+    finally:
+        attention.scaled_dot_product_attention = sdpa
+    return {"message": ""}
+
+
+def sampled(world: World, root: Path, name: str) -> Result:
+    """Two samples of a pipeline call, with guidance."""
+    case = ALL[name]
+    family = family_of(case, root / name)
+    parts = {part: family.load(part, "cpu", torch.float32) for part in family.variant.parts}
+    together = Together(world if world.size > 1 else None)
+    together.split(family, parts)
+    pipeline = family.pipeline(parts)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = [
+        SampleSettings(words, case.height, case.width, case.frames, steps=3, guidance=4.0, seed=seed)
+        for seed, words in enumerate(("a red ball", "a green box moves left"))
+    ]
+    samples = list(sample_many(family, pipeline, settings, batch=2))
+    assert together.agreed(world.place["sp"]) == 0
+    return {"samples": torch.stack(samples)}
+
+
+CASES = {
+    "sampled": sampled,
+    "exact": exact,
+    "compiled": compiled,
+    "attention": attention,
+    "other_kernels": other_kernels,
+}
+
+
+def run(world: World, case: str, root: Path) -> Result:
+    kind, _, name = case.partition(":")
+    return CASES[kind](world, root, name) if kind in CASES else train(world, Plan.of(case), root)
+
+
+def main(root: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    started = start(ParallelConfig(), "cpu")
+    worlds: dict[Sizes, World] = {}
+    for case in cases:
+        sizes = Sizes(sp=started.size) if case.partition(":")[0] in CASES else Plan.of(case).mesh()
+        if sizes not in worlds:
+            worlds[sizes] = lay_out(started, sizes)
+        result = run(worlds[sizes], case, root)
+        if started.is_main:
+            torch.save(result, root / f"{case}.result")
+            print("done", case, flush=True)
+    stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,298 @@
+"""Forecasts of memory and of traffic against what real steps take; plans on paper; the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import plan_cases
+import pytest
+import torch
+from plan_cases import KINDS, PLANS, SMALL, Small, config_of, expected, measured, write
+from typer.testing import CliRunner
+
+from kinema.cli import app
+from kinema.errors import ConfigError, UserError
+from kinema.memory.dry_run import LiveBytes
+from kinema.parallel.devices import KNOWN, Cluster, parse_devices
+from kinema.parallel.mesh import Sizes, World
+from kinema.parallel.plan import Batch, Candidate, Workload, layouts, search
+from kinema.parallel.plan_memory import OUTSIDE, Model, Pass, Segment, Weight, blocks_of, forecast, waiting
+from kinema.parallel.plan_time import bubble_of, step_time, traffic
+from kinema.parallel.schedule import Schedule, orders
+
+TOLERANCE = 0.1
+QUICK = {("wan-t2v-1.3b", "full"), ("flux-dev", "lora, checkpointed")}
+ON_TWO_RANKS = {"wan-t2v-1.3b/full, accumulated", "wan-t2v-1.3b/lora, checkpointed"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+# -- forecasts against real steps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("small", "kind"),
+    [
+        pytest.param(small, kind, id=f"{small.id}-{kind}", marks=[] if (small.id, kind) in QUICK else pytest.mark.slow)
+        for small in SMALL
+        for kind in KINDS
+    ],
+)
+def test_memory_of_one_process(small: Small, kind: str, root: Path) -> None:
+    """Bytes of tensors alive in a real step on the CPU."""
+    config = config_of(small, write(small, root), kind)
+    peak, _ = measured(config, small.bucket, World.alone())
+    memory, _ = expected(config, small.bucket, Sizes())
+    assert memory.total == pytest.approx(peak, rel=TOLERANCE)
+
+
+def _on_two_ranks(cases: list[str], root: Path) -> dict[str, Any]:
+    for small in SMALL[:2]:
+        write(small, root)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, plan_cases.__file__, str(root), *cases], check=True, env=environment, timeout=600)
+    found: dict[str, Any] = json.loads((root / "measured.json").read_text())
+    return found
+
+
+def _compare(found: dict[str, Any], root: Path) -> None:
+    for name, (peak, sent) in found.items():
+        case, kind, plan = name.split("/")
+        small = next(one for one in SMALL if one.id == case)
+        memory, moved = expected(config_of(small, root / case, kind), small.bucket, PLANS[plan])
+        assert memory.total == pytest.approx(peak, rel=TOLERANCE), name
+        assert sent.get("all_reduce", 0) == moved.replicate_reduce, name
+        assert sent.get("all_gather", 0) == moved.shard_gather, name
+        assert sent.get("reduce_scatter", 0) == moved.shard_scatter, name
+
+
+def test_memory_and_traffic_of_two_ranks(root: Path) -> None:
+    """Replicated and sharded; what collectives are given is forecast to the byte."""
+    found = _on_two_ranks(sorted(ON_TWO_RANKS), root)
+    assert len(found) == 4
+    assert (
+        found["wan-t2v-1.3b/full, accumulated/sharded"][1]["all_gather"] > 40e6
+    )  # forward and back, two micro-batches
+    _compare(found, root)
+
+
+@pytest.mark.slow
+def test_memory_and_traffic_of_two_ranks_in_all_cases(root: Path) -> None:
+    _compare(_on_two_ranks([f"{small.id}/{kind}" for small in SMALL[:2] for kind in KINDS], root), root)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter", [None, {"rank": 16}], ids=["full", "lora"])
+def test_memory_of_a_gpu(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+    """The real Wan 1.3B with random weights, in bf16, against what the allocator counts."""
+    from kinema.config.schema import Config
+    from kinema.data.buckets import Bucket
+    from kinema.families.registry import open_family
+    from kinema.training.dry_step import DryNetworks
+    from kinema.training.loop import Work, train_step
+
+    model = {"family": "wan", "variant": "t2v-1.3b", "random_weights": True}
+    training = {"steps": 2, "precision": "bf16", "batch_size": 1, "activation_checkpointing": True}
+    config = Config.model_validate(
+        {"model": model, "data": {"sources": [{"path": str(tmp_path)}]}, "training": training, "adapter": adapter}
+    )
+    family, bucket = open_family(config.model), Bucket(33, 480, 832)
+    trainer, _ = plan_cases.trainer_of(config, family, World.alone("cuda"))
+    trainer.compute_dtype = torch.bfloat16
+    work = Work(plan_cases.batch_of(family, bucket, 1), 1, None, 0.0)
+    train_step(trainer, work, 0)
+    torch.cuda.reset_peak_memory_stats()
+    train_step(trainer, work, 0)
+    peak = torch.cuda.max_memory_allocated()
+    networks = DryNetworks(config, family, "bf16")
+    one = networks.run(bucket, 1, checkpointing=True)
+    memory = forecast(Model(tuple(networks.weights), networks.buffers, networks.blocks), one, Sizes(), 1, on_gpu=False)
+    assert memory.total == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_live_bytes_counts_storages_once_and_forgets_what_is_gone() -> None:
+    before = torch.zeros(1000)
+    with LiveBytes("cpu") as live:
+        live.exclude([before])
+        x = before + 1  # 4000 bytes
+        view = x[10:].view(-1, 9)
+        before.mul_(2)
+        assert live.live == 4000
+        y = x.double()  # 8000
+        del y
+        assert (live.live, live.peak) == (4000, 12000)
+        del x
+        assert live.live == 4000  # the view holds it
+        del view
+        assert live.live == 0
+
+
+# -- on paper --------------------------------------------------------------------------------------------------------
+
+
+def paper_model(blocks: int = 4) -> Model:
+    """Blocks of one trained matrix of 8 x 1000 bytes, and as much outside, in fp32 with AdamW."""
+    weight = Weight(block=OUTSIDE, elements=2000, rows=8, bytes=8000, trains=True, gradient=8000, state=16000)
+    return Model((weight, *(replace(weight, block=i, splits=True) for i in range(blocks))), buffers=0, blocks=blocks)
+
+
+def paper_pass(blocks: int = 4) -> Pass:
+    forward = [Segment(i, kept=100, peak=150, flops=1e12, attention=400, carried=60) for i in range(blocks)]
+    backward = [Segment(i, kept=-100, peak=50, own_peak=8050, gradients=8000, flops=2e12) for i in range(blocks)][::-1]
+    return Pass(tuple(forward), tuple(backward))
+
+
+def test_what_shards_and_what_does_not() -> None:
+    model, one = paper_model(), paper_pass()
+    alone = forecast(model, one, Sizes(), 2, on_gpu=False)
+    assert (alone.weights, alone.gradients, alone.optimizer) == (40000, 40000, 80000)
+    sharded = forecast(model, one, Sizes(dp_shard=4), 2, on_gpu=False)
+    assert (sharded.weights, sharded.optimizer) == (10000, 20000)
+    padded = forecast(model, one, Sizes(dp_shard=3), 2, on_gpu=False)
+    assert padded.weights == 15000  # 3 of 8 rows
+    assert forecast(model, one, Sizes(tp=2), 2, on_gpu=False).weights == 8000 + 4 * 4000
+    staged = forecast(model, one, Sizes(pp=2), 2, on_gpu=False)
+    assert staged.weights == 3 * 8000  # what is outside lies on both
+    assert forecast(model, one, Sizes(dp_replicate=4), 2, on_gpu=False).weights == 40000
+
+
+def test_traffic_by_dimension() -> None:
+    model, one = paper_model(), paper_pass()
+    copies = traffic(model, one, Sizes(dp_replicate=4), 2)
+    assert copies.replicate_reduce == 40000 + 5 * 4  # and a flag for each tensor, in its type
+    assert copies.wire(Sizes(dp_replicate=4)) == {"dp_replicate": 2 * 3 / 4 * 40020}
+    shards = traffic(model, one, Sizes(dp_shard=4), 2)
+    assert (shards.shard_gather, shards.shard_scatter) == (2 * 2 * 40000, 2 * 40000)
+    assert shards.wire(Sizes(dp_shard=4)) == {"dp_shard": 3 / 4 * 240000}
+    hybrid = traffic(model, one, Sizes(dp_replicate=2, dp_shard=4), 1)
+    assert hybrid.replicate_reduce == 10000  # each shard between the copies
+    assert traffic(model, one, Sizes(sp=4), 1).sp_exchange == 2 * 4 * 400 / 4  # forward and back, a quarter each
+    assert traffic(model, one, Sizes(tp=2), 1).tp_reduce == 2 * 2 * 4 * 60
+    assert traffic(model, one, Sizes(pp=2), 8).pp_send == 2 * 8 * 60
+
+
+def test_a_step_takes_flops_over_speed_and_waits_for_what_is_not_hidden() -> None:
+    model, one = paper_model(), paper_pass()
+    slow = Cluster(replace(KNOWN["H100"], flops=1e12, link=1e4), 4, 4)
+    alone = step_time(model, one, Sizes(), 1, replace(slow, count=1), mfu=0.5)
+    assert alone.total == alone.compute == 12 / 0.5
+    sequence = step_time(model, one, Sizes(sp=4), 1, slow, mfu=0.5)
+    assert sequence.compute == 6
+    assert sequence.sending["sp"] == pytest.approx(3 / 4 * 800 / 1e4)
+    staged = step_time(model, one, Sizes(pp=4), 8, slow, mfu=0.5)
+    assert staged.bubble == pytest.approx(3 / 11)  # (p - 1) / (m + p - 1)
+    assert staged.total == pytest.approx((staged.compute + staged.exposed) * 11 / 8)
+    beyond = step_time(model, one, Sizes(dp_replicate=4), 1, replace(slow, per_node=2, network=1e3), mfu=0.5)
+    assert beyond.exposed == pytest.approx(60 - 24 + 0.03, rel=1e-3)  # 60 s of sending, behind 24 s of computing
+
+
+def test_stages_and_the_micro_batches_that_wait_in_them() -> None:
+    assert blocks_of(paper_model(), 2) == [{0, 1}, {2, 3}]
+    assert blocks_of(replace(paper_model(), split=(1, 3)), 2) == [{0}, {1, 2, 3}]
+    interleaved = replace(paper_model(), schedule="interleaved", stages_per_rank=2)
+    assert blocks_of(interleaved, 2) == [{0, 2}, {1, 3}]
+    assert waiting("1f1b", 4, 1, 8) == [4, 3, 2, 1]
+    assert waiting("gpipe", 4, 1, 8) == [8, 8, 8, 8]
+    assert waiting("1f1b", 4, 1, 64) == [4, 3, 2, 1]
+    with pytest.raises(ConfigError, match="5 pipeline stages need as many blocks, and the network has 4"):
+        blocks_of(paper_model(), 5)
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2), ("zero_bubble", 1)])
+def test_the_bubble_is_that_of_the_schedule_that_runs(schedule: Schedule, per_rank: int) -> None:
+    for micro_batches in (8, 24):
+        simulated = orders(schedule, 4, per_rank, micro_batches).bubble
+        assert bubble_of(schedule, 4, per_rank, micro_batches) == pytest.approx(simulated, abs=1e-9)
+
+
+def test_a_search_finds_the_fastest_that_fits() -> None:
+    cluster = Cluster(replace(KNOWN["H100"], flops=1e13, memory=0.7e9 + 1.06 * 100_000), 8, 8)
+    found_sizes = list(layouts(cluster))
+    assert len(found_sizes) == len(set(found_sizes)) and all(sizes.total == 8 for sizes in found_sizes)
+    assert Sizes(dp_replicate=8) in found_sizes and Sizes(tp=8) in found_sizes and Sizes(2, 1, 2, 2, 1) in found_sizes
+    workload = Workload(
+        paper_model(), lambda _, samples: paper_pass(), lambda sizes: Batch(8, 1, 8 // min(sizes.dp, 8))
+    )
+
+    def refusal(sizes: Sizes) -> tuple[str, str] | None:
+        if sizes.pp > 4:
+            return "pp = 8", "four blocks"
+        return ("tp = 2", "no heads") if sizes.tp > 1 else None
+
+    found = search(workload, cluster, refusal)
+    assert found.refused == {"tp = 2": "no heads", "pp = 8": "four blocks"}
+    replicated = workload.forecast(Candidate(Sizes(dp_replicate=8), False), cluster)
+    assert not replicated.fits(cluster)
+    assert len(found.best) == 3 and all(one.fits(cluster) and one.plan.sizes.tp == 1 for one in found.best)
+    times = [one.time.total for one in found.best]
+    assert times[0] < 1.03 * min(times) and times[-1] > 0.97 * max(times)
+    many = Workload(paper_model(), lambda _, n: paper_pass().at(paper_pass(), n), lambda _: Batch(8, 8, 1), splits=True)
+    split = many.forecast(Candidate(Sizes(dp_shard=8), True), cluster, micro=2)
+    assert (split.batch.micro, split.batch.micro_batches) == (2, 4)
+    none = search(workload, replace(cluster, device=replace(cluster.device, memory=1.0)), refusal)
+    assert not none.best and none.smallest is not None
+
+
+def test_devices_by_name_and_by_memory() -> None:
+    cluster = parse_devices("64xH100")
+    assert (cluster.count, cluster.nodes, cluster.device.memory) == (64, 8, 80e9)
+    assert cluster.bandwidth(8) == 450e9 and cluster.bandwidth(16) == 50e9
+    assert parse_devices("rtx 4090").device == KNOWN["4090"]
+    by_memory = parse_devices("4 x 24GB").device
+    assert (by_memory.memory, by_memory.flops) == (24e9, KNOWN["4090"].flops)
+    assert parse_devices("16xA100", nodes=4).per_node == 4
+    with pytest.raises(UserError, match="did you mean 'H100'"):
+        parse_devices("8xH10O")
+    with pytest.raises(UserError, match="10 devices do not fill 4 nodes"):
+        parse_devices("10xH100", nodes=4)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_plans_a_published_model_without_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "flux.toml"
+    (tmp_path / "data").mkdir()
+    path.write_text(
+        f"""
+        [model]
+        family = "flux"
+        variant = "dev"
+        path = "black-forest-labs/FLUX.1-dev"
+        [[data.sources]]
+        path = "{tmp_path / "data"}"
+        [data.buckets]
+        sizes = [[1024, 1024]]
+        [adapter]
+        type = "lora"
+        rank = 16
+        [training]
+        steps = 100
+        batch_size = 8
+        precision = "bf16"
+        activation_checkpointing = true
+        """
+    )
+    answer = CliRunner().invoke(app, ["plan", str(path), "--devices", "8xH100", "--json"], catch_exceptions=False)
+    assert answer.exit_code == 0
+    report = json.loads(answer.stdout)
+    given = report["given"]
+    assert given["parallel"] == {"pp": 1, "dp_replicate": 8, "dp_shard": 1, "sp": 1, "tp": 1}
+    assert given["batch"] == {"total": 8, "micro": 1, "micro_batches": 1}
+    assert given["memory"]["weights"] == pytest.approx(11.9e9 * 2, rel=0.03)
+    # A token meets 12 matrices of 3072^2 in each of 57 blocks, three times: forward, once more, and for its gradient;
+    # attention over 4608 tokens runs twice forward and once, two and a half times as long, back.
+    matrices, attention = 3 * 2 * 4608 * 57 * 12 * 3072**2, 4.5 * 57 * 4 * 4608**2 * 3072
+    assert given["seconds"]["compute"] == pytest.approx((matrices + attention) / (989e12 * 0.4), rel=0.03)
+    assert given["fits"] and len(report["found"]) == 3
+    assert report["encoders"]["text"] == pytest.approx(9.5e9, rel=0.02)  # T5 XXL in bf16
