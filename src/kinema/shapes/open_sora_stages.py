@@ -37,7 +37,7 @@ from kinema.shapes.world import (
 
 PICTURES, CLIPS = 1440, 960
 STAGES = ("pictures", "videos", "frames")
-STEPS, GUIDANCE, IMAGE_GUIDANCE = 20, 3.0, 1.0
+STEPS, GUIDANCE, IMAGE_GUIDANCE = 20, 4.5, 1.0
 """Of the samples. Given frames need no guidance of their own here: they leave little open."""
 LONG = 25
 """Frames of the longer videos: a further stretch of 17, of which 9 are there already."""
