@@ -238,6 +238,7 @@ def cli_version() -> str:
 def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     code = (
         "import sys, time\nimport kinema.ui\nfrom kinema import cli\nimport types\n"
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's is ignored
         "module = types.ModuleType('kinema.ui.report')\n"
         "def write_report(run):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "module.write_report = write_report\nsys.modules['kinema.ui.report'] = module\n"
