@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
-DEAD_AFTER = 15.0
-"""Seconds without a sign of life after which a process counts as gone: a machine that is busy may be slow."""
+DEAD_AFTER = 30.0
+"""Seconds without a sign of life after which a process counts as gone: a busy machine is slow, and a library may keep
+the interpreter to itself."""
+LOST_AFTER = 10.0
+"""The same once a collective has failed: somebody is gone, and torchrun gives the others half a minute."""
 LEAST = 45.0
 """Seconds that a process may always stay where it is; with five times the slowest step, where that is longer."""
 FIRST = 1800.0
@@ -64,14 +67,16 @@ class Seen:
         self.where, self.phase, self.patient = told["where"], told["phase"], told["patient"]
 
 
-def find_culprit(processes: list[Seen], now: float, limit: float) -> tuple[list[int], str] | None:
+def find_culprit(
+    processes: list[Seen], now: float, limit: float, dead_after: float = DEAD_AFTER
+) -> tuple[list[int], str] | None:
     """(ranks that hold up the others, what to say of it), or None while all is well.
 
     Those that wait for others have come further than those they wait for; where all stand at the same point, none is to
     be told from the others.
     """
     for one in processes:
-        if now - one.lived_at > DEAD_AFTER:
+        if now - one.lived_at > dead_after:
             return [one.rank], (
                 f"process {one.rank} ({one.where}) has been silent for {now - one.lived_at:.0f} s in '{one.phase}': it "
                 "was killed or stopped, or its machine cannot be reached."
@@ -105,7 +110,7 @@ class Watch:
     def __init__(self, world: World, seconds: float | None = None) -> None:
         self.world, self.seconds = world, seconds
         self._count, self._phase, self._patient, self._alive = 0, "start", True, 0
-        self._slowest = 0.0
+        self._slowest, self._dead_after = 0.0, DEAD_AFTER
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._processes = [Seen(rank) for rank in range(world.size)]
@@ -142,7 +147,8 @@ class Watch:
         if kind is None:
             self.world.barrier()  # nobody's silence after its end is taken for death
         elif self._thread is not None and isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            self._thread.join(timeout=DEAD_AFTER + 5)  # it finds out who is gone, says so and ends this process
+            self._dead_after = LOST_AFTER
+            self._thread.join(timeout=LOST_AFTER + 5)  # it finds out who is gone, says so and ends this process
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -183,7 +189,7 @@ class Watch:
             key = f"at/{one.rank}"
             if store.check([key]):
                 one.update(json.loads(store.get(key)), now)
-        return find_culprit(self._processes, now, self.limit)
+        return find_culprit(self._processes, now, self.limit, self._dead_after)
 
     def _end(self, ranks: list[int], text: str) -> None:
         """Say why, print where this process stands if it is the one, and end at once: the main thread may be anywhere,
