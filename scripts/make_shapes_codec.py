@@ -2,10 +2,11 @@
 
 The autoencoder is trained on clips of all kinds (the world's, and random polygons, ellipses, colours, gradients and
 textures), so it favours no combination. Its latents are kept near unit variance and uncorrelated while it trains and
-made exactly so at the end; noise added to them before decoding makes them smooth and the decoder forgiving. The text
-encoder keeps its seeded random weights: every word gets its own direction, which is all the world needs.
+made exactly so at the end; noise added to them before decoding makes them smooth and the decoder forgiving. At last the
+decoder alone learns to draw what stands out little from its background as sharply as the rest. The text encoder keeps
+its seeded random weights: every word gets its own direction, which is all the world needs.
 
-    python scripts/make_shapes_codec.py [--out DIR]
+    python scripts/make_shapes_codec.py [--out DIR] [--after PHASES]
 
 Seeds fix everything but the rounding of sums, which depends on the machine.
 """
@@ -40,17 +41,21 @@ class Phase:
     max_noise: float
     world_share: float
     batches: tuple[tuple[float, int, int, int], ...]
-    anywhere: bool = False
-    """The world's shapes move on any line at any speed, not only on the world's own."""
+    anywhere: float = 0.0
+    """Share of the world's clips whose shapes move on any line at any speed, not only on the world's own."""
     decoder_only: bool = False
+    """The latents stay as they are, and errors count by how far a clip stands out from its background."""
 
 
 PHASES = (
-    Phase(900, 0.04, 2e-3, 0.5, 0.5, ((0.7, 8, 5, 32), (0.85, 8, 9, 32), (1.0, 2, 17, 64)), anywhere=True),
-    Phase(800, 0.025, 2e-3, 0.3, 0.75, ((0.85, 4, 9, 48), (1.0, 3, 17, 64)), anywhere=True),
+    Phase(900, 0.04, 2e-3, 0.5, 0.5, ((0.7, 8, 5, 32), (0.85, 8, 9, 32), (1.0, 2, 17, 64)), anywhere=1.0),
+    Phase(800, 0.025, 2e-3, 0.3, 0.75, ((0.85, 4, 9, 48), (1.0, 3, 17, 64)), anywhere=1.0),
     Phase(450, 0.006, 6e-4, 0.4, 0.85, ((0.6, 4, 9, 64), (1.0, 3, 17, 64))),
+    Phase(500, 0.01, 1e-3, 0.3, 0.9, ((1.0, 3, 17, 64),), anywhere=0.5, decoder_only=True),
+    Phase(600, 0.01, 1e-3, 0.2, 0.95, ((1.0, 4, 17, 64),), anywhere=0.25, decoder_only=True),
 )
-"""From nothing on small cuts; then, with channels uncorrelated, finer on larger ones; then on the world's own paths."""
+"""From nothing on small cuts; then, with channels uncorrelated, finer on larger ones; then on the world's own paths;
+then the decoder alone, twice."""
 POSTERIOR_STD = 0.03
 """Standard deviation of the shipped posterior, in units of a latent channel's own."""
 
@@ -91,12 +96,15 @@ def random_clip(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
     return np.clip(video, -1, 1)
 
 
-def world_clip(rng: np.random.Generator, frames: int, size: int, anywhere: bool) -> np.ndarray:
+def world_clip(rng: np.random.Generator, frames: int, size: int, phase: Phase) -> np.ndarray:
     """A random cut of a clip of the world, float [3, T, size, size] in [-1, 1]."""
     combos = world.all_combos()
     combo = combos[rng.integers(len(combos))]
     seed = int(rng.integers(2**31))
-    clip = world.render_motion(combo, motion_anywhere(combo, seed)) if anywhere else world.render(combo, seed)
+    if rng.random() < phase.anywhere:
+        clip = world.render_motion(combo, motion_anywhere(combo, seed))
+    else:
+        clip = world.render(combo, seed, roaming=phase.decoder_only)
     t = rng.integers(0, world.FRAMES - frames + 1)
     y, x = rng.integers(0, world.SIZE - size + 1, 2)
     cut = clip[t : t + frames, y : y + size, x : x + size]
@@ -119,12 +127,19 @@ def motion_anywhere(combo: world.Combo, seed: int) -> world.Motion:
 def make_batch(rng: np.random.Generator, phase: Phase, progress: float) -> torch.Tensor:
     """Clips of the world and random ones, [B, 3, T, H, W] in [-1, 1]."""
     count, frames, size = next(shape for until, *shape in phase.batches if progress < until)
-    random_from = round(count * phase.world_share)
+    random_from = rng.binomial(count, phase.world_share) if phase.decoder_only else round(count * phase.world_share)
     clips = [
-        world_clip(rng, frames, size, phase.anywhere) if i < random_from else random_clip(rng, frames, size)
+        world_clip(rng, frames, size, phase) if i < random_from else random_clip(rng, frames, size)
         for i in range(count)
     ]
     return torch.from_numpy(np.stack(clips))
+
+
+def relief(x: torch.Tensor) -> torch.Tensor:
+    """What makes errors of faint clips [B, 3, T, H, W] count as those of clear ones: 0.25 over the standard deviation
+    of their pixels, [B, 1, 1, 1, 1]."""
+    centred = x - x.mean((2, 3, 4), keepdim=True)
+    return 0.25 / centred.square().mean((1, 2, 3, 4), keepdim=True).sqrt().clamp(min=0.05)
 
 
 def spread_penalty(z: torch.Tensor) -> torch.Tensor:
@@ -183,11 +198,14 @@ def train(vae: AutoencoderKLWan, phase: Phase, seed: int, log_every: int = 50) -
         muon.param_groups[0]["lr"] = phase.muon_lr * factor
         adam.param_groups[0]["lr"] = phase.adam_lr * factor
         x = make_batch(rng, phase, progress)
-        z = vae.encode(x).latent_dist.mean
+        with torch.set_grad_enabled(not phase.decoder_only):
+            z = vae.encode(x).latent_dist.mean
         noisy = torch.rand(len(x), generator=generator) < 0.6
         level = phase.max_noise * min(1.0, 4 * progress) * noisy * torch.rand(len(x), generator=generator)
         noise = torch.randn(z.shape, generator=generator) * level.view(-1, 1, 1, 1, 1)
         difference = decode_unclamped(vae, z + noise * std) - x
+        if phase.decoder_only:
+            difference = difference * relief(x)
         loss = difference.abs().mean() + difference.square().mean()
         total = loss if phase.decoder_only else loss + SPREAD_WEIGHT * spread_penalty((z - mean) / std)
         vae.zero_grad()
@@ -285,11 +303,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=models.WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--after", type=int, default=0, help="go on from the shipped autoencoder, after so many phases")
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(args.seed)
-    vae = AutoencoderKLWan(**models.VAE_CONFIG)
-    for number, phase in enumerate(PHASES):
+    vae = models.load_autoencoder() if args.after else AutoencoderKLWan(**models.VAE_CONFIG)
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    for number, phase in list(enumerate(PHASES))[args.after :]:
         train(vae.train(), phase, args.seed + number)
         if not phase.decoder_only:
             mean, std = decorrelate(vae.eval())
