@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -43,3 +44,22 @@ def pytest_configure(config: pytest.Config) -> None:
     page = config.getoption("--families-table")
     if page is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ProofTable(page, some=bool(config.option.keyword)), "proof-table")
+
+
+BY_FILE = ("tests/parallel/", "tests/training/", "tests/sampling/", "tests/shapes/")
+"""Where what tests share (a launch, a run, a model) takes seconds to make: one worker runs a whole file."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadscope``: files of `BY_FILE`, single tests elsewhere. (The marks that xdist has for it are without
+    effect in pytest 9.)"""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0] if nodeid.startswith(BY_FILE) else nodeid
+
+    return ByFileOrTest(config, log)

@@ -269,6 +269,15 @@ def sample(
             rich_help_panel=MEMORY,
         ),
     ] = 1,
+    sp_attention: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ulysses|ring",
+            help="How they attend to the whole sequence: heads are exchanged (the default), or keys and values go "
+            "round.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda, cuda:1 or cpu.", rich_help_panel=MEMORY)] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=MEMORY)] = None,
     ema: Annotated[

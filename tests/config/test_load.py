@@ -374,6 +374,11 @@ def test_wrong_patterns_are_told(write, lines, message):
         load_config(write(GOOD.replace("[adapter]\n", f"[adapter]\n{lines}\n")))
 
 
+def test_an_expression_for_stages_is_compiled_at_once(write):
+    with pytest.raises(ConfigError, match=r"c\.toml:\d+: parallel\.partition: 'single\(' is no regular expression"):
+        load_config(write(GOOD + '[parallel]\npp = 2\npartition = "regex:single("\n'))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "ia3"])
 def test_a_resolved_adapter_loads_again(write, tmp_path, kind):
     config = load_config(write(GOOD.replace("[adapter]\n", f'[adapter]\ntype = "{kind}"\n')))

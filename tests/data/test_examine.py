@@ -276,6 +276,36 @@ def test_trusted_files_are_recalled_untouched(tmp_path: Path) -> None:
     assert recall(record, facts, settings("headers")) is None
 
 
+def test_of_trusted_files_what_a_file_holds_is_kept_where_the_cache_is_filled(tmp_path: Path) -> None:
+    """On line nobody asks for it: a huge set reads each file about once."""
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (64, 48)).save(picture)
+    record, wanted = Record(str(picture), ("",), "image"), {}
+    for online in (False, True):
+        facts = FactStore(tmp_path / str(online))
+        facts.directory.mkdir()
+        remember(record, look(record, *settings("headers")), facts, (*settings("headers")[:-1], online), trust=True)
+        wanted[online] = sorted(key.partition("\0")[0].partition(" ")[0] for key in facts)
+    assert wanted == {False: ["examined", "probed"], True: ["examined"]}
+
+
+def test_a_file_that_goes_while_it_is_remembered_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, facts = tmp_path / "p.png", FactStore(tmp_path)
+    Image.new("RGB", (64, 48)).save(picture)
+    record = Record(str(picture), ("",), "image")
+    looked = look(record, *settings())
+    original = examine._version
+
+    def then_gone(record: Record, trust: bool) -> str | None:
+        version = original(record, trust)
+        picture.unlink(missing_ok=True)
+        return version
+
+    monkeypatch.setattr(examine, "_version", then_gone)
+    remember(record, looked, facts, settings())
+    assert len(facts) == 2
+
+
 def test_probing_is_remembered_within_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "v.mp4", [numbered_frame(i) for i in range(20)])
     probes: list[str] = []

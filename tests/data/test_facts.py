@@ -67,3 +67,30 @@ def test_a_full_disk_leaves_facts_as_they_are(tmp_path: Path, monkeypatch: pytes
         assert store.compact() == 0
     assert files(tmp_path) == [".facts", ".facts"]
     assert dict(store) == dict(FactStore(tmp_path)) == {"a": "a", "b": "b"}
+
+
+@pytest.mark.parametrize("when", ["indexed", "read"])
+def test_a_file_that_cannot_be_read_now_keeps_its_facts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Storage that does not answer for a moment must not cost the hashes of a million clips."""
+    for name in "abc":
+        store = FactStore(tmp_path)
+        store[name] = name
+        store.close()
+    away = tmp_path / store._names[-1]
+    original_open, original_path_open = os.open, Path.open
+
+    def fail(path: Path | str) -> None:
+        if Path(path) == away:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        reading = FactStore(tmp_path) if when == "read" else None
+        patch.setattr(os, "open", lambda path, *rest: fail(path) or original_open(path, *rest))
+        if reading is None:
+            patch.setattr(Path, "open", lambda path, *rest: fail(path) or original_path_open(path, *rest))
+            reading = FactStore(tmp_path)
+            assert dict(reading) == {"a": "a", "b": "b"}
+        assert reading.compact() == 1 and away.exists()
+    assert len(files(tmp_path)) == 2 and dict(FactStore(tmp_path)) == {"a": "a", "b": "b", "c": "c"}

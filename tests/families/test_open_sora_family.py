@@ -24,11 +24,13 @@ from kinema.families import open_sora, standard
 from kinema.families.base import FrameShift, NoisePath, Prepared
 from kinema.families.open_sora import OpenSora
 from kinema.families.open_sora_conditions import CONDITIONS, SHIPPED, choose, given_of, latents_of, possible
-from kinema.families.registry import open_family
+from kinema.families.registry import family_class, open_family
+from kinema.families.steering import Steering
 from kinema.networks.open_sora import OpenSoraTransformer, pack, positions, unpack
 from kinema.objectives import flow
 from kinema.objectives.flow import FlowMatching, flow_matching
 from kinema.objectives.time import TimeLaw
+from kinema.sampling.request import check_image_guidance
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "open_sora"
 NOISING = json.loads((GOLDEN / "training_noising.json").read_text())["cases"]
@@ -486,9 +488,46 @@ def test_a_distilled_network_is_told_the_guidance_scale(v2: Path, tmp_path: Path
         whole = Config.model_validate(config({"path": str(v2), "network": {"path": str(place)}, **model}))
         open_family(whole.model).validate(whole)
     assert told == [4.0, 2.5]
+    check_image_guidance(family(v2), 3.0)
+    check_image_guidance(ours, None)
+    with pytest.raises(UserError, match="--image-guidance: v2 has no guidance of its own for pictures"):
+        check_image_guidance(ours, 3.0)
+
+
+def test_the_networks_configuration_is_read_once(v2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of ten thousand rows asks as often what the network can do."""
+    read: list[str] = []
+    own = family(v2)
+    known = type(own).known_config
+    monkeypatch.setattr(OpenSora, "known_config", lambda self, part: read.append(part) or known(self, part))
+    for _ in range(5):
+        own.check_steering(Steering(), 17, 7.5, [])
+    assert len(read) == 2, "whether it is told frames, and whether it was distilled"
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_wans_autoencoder_may_come_from_the_hub_or_from_a_single_file(
+    v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wan = open_family(
+        ModelConfig(family="wan", path=str(family_class("wan").tiny(tmp_path / "hub" / ("c" * 40), "t2v-1.3b")))
+    )
+    snapshot = Path(str(wan.config.path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    ours = family(v2, autoencoder={"path": "somebody/wan"})
+    own = ours.load("autoencoder", "cpu", torch.float32)
+    assert type(own).__name__ == "AutoencoderKLWan"
+    theirs = wan.load("autoencoder", "cpu", torch.float32)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in own.state_dict().items())
+    assert ours.fingerprint(["autoencoder"]) != family(v2).fingerprint(["autoencoder"])
+
+    published = {"wan.safetensors": "encoder.conv1.weight", "hunyuan.safetensors": "encoder.conv_in.conv.weight"}
+    for file, name in published.items():
+        save_file({name: torch.zeros(1, 1, 1, 1, 1)}, tmp_path / file)
+    kinds = [type(family(v2, autoencoder={"path": str(tmp_path / file)}).empty("autoencoder")) for file in published]
+    assert [kind.__name__ for kind in kinds] == ["AutoencoderKLWan", "AutoencoderKLHunyuanVideo"]
 
 
 def test_text_is_what_flux_makes_of_it(v2: Path) -> None:

@@ -85,11 +85,7 @@ def _times(prepared: Prepared, t: float) -> Tensor:
     return times.view(-1, 1, 1, 1, 1) * (1 - prepared.given)
 
 
-# One worker makes a tiny model and runs all proofs of it.
-GROUPED = [pytest.param(case, id=case.id, marks=pytest.mark.xdist_group(case.id)) for case in ALL]
-
-
-@pytest.fixture(scope="module", params=GROUPED)
+@pytest.fixture(scope="module", params=[pytest.param(case, id=case.id) for case in ALL])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp("zoo"))
 

@@ -32,8 +32,10 @@ from kinema.families.registry import open_family
 from kinema.objectives.flow import flow_matching
 from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
+from kinema.parallel import packing
 from kinema.parallel.data import accumulate
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.packing import packings
 from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.evaluation import evaluate
@@ -51,6 +53,8 @@ ALL: dict[str, Case] = {
 }
 SAMPLES = 4
 """In a global batch."""
+CLIP_NORMS = {"full": 0.005, "lora": 0.0005}
+"""Below the norm of every gradient of every case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,8 @@ def configured(plan: Plan, root: Path) -> tuple[Config, Family]:
     of_plan = {key: value for key, value in plan.settings if "." not in key and key != "files"}
     mesh = {key: size for key, size in dataclasses.asdict(plan.mesh()).items() if size > 1}
     tables["parallel"] = of_plan | mesh
-    tables["training"] = {"steps": plan.steps, "batch_size": SAMPLES, "precision": "fp32", "clip_norm": 0.005}
+    clip_norm = CLIP_NORMS["lora" if plan.lora else "full"]
+    tables["training"] = {"steps": plan.steps, "batch_size": SAMPLES, "precision": "fp32", "clip_norm": clip_norm}
     tables["export"] = {"dtype": "fp32", "layouts": ["diffusers"]}
     tables["optimizer"] = {"lr": 1e-3, "weight_decay": 0.1}
     if plan.lora:
@@ -128,9 +133,9 @@ def configured(plan: Plan, root: Path) -> tuple[Config, Family]:
 # -- one training ----------------------------------------------------------------------------------------------------
 
 
-def trainer_of(world: World, config: Config, family: Family) -> Trainer:
+def trainer_of(world: World, config: Config, family: Family, start_adapters: bool = True) -> Trainer:
     networks = load_networks(config, family, world)
-    if config.adapter is not None:
+    if start_adapters and config.adapter is not None:
         _start_adapters(networks)
     parameters = named_trainables(networks)
 
@@ -184,14 +189,15 @@ def train(world: World, plan: Plan, root: Path) -> Result:
     assert trainer.ema is not None
     if dict(plan.settings).get("files"):
         write_files(world, trainer, networks, family, root / plan.name)
-    averages = whole(world, trainer.ema.state())
-    weights = whole(world, {name: p.detach() for name, p in trainer.parameters.items()})
+    averages = whole(world, trainer.ema.state(), networks)
+    weights = whole(world, {name: p.detach() for name, p in trainer.parameters.items()}, networks)
     with evaluating(networks.values()):
         batches = [share(world, samples, config).batch]
         held_out = evaluate("set", batches, trainer.objective, trainer.networks, 5, world)
     return {
         "losses": losses,
         "norms": norms,
+        "clip_norm": config.training.clip_norm,
         "weights": weights,
         "averages": averages,
         "held_out": held_out["set/loss"],
@@ -215,9 +221,10 @@ def share(world: World, samples: list[dict[str, Tensor]], config: Config) -> Wor
     return Work(mine, SAMPLES, config.training.micro_batch_size or 1, 0.0)
 
 
-def whole(world: World, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of all stages; those that several stages have must be the same on all."""
-    mine = {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
+def whole(world: World, tensors: Mapping[str, Tensor], networks: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Whole tensors of all stages in their own order; those that several stages have must be the same on all."""
+    packed = {f"{part}.{name}": how for part, one in networks.items() for name, how in packings(one).items()}
+    mine = {name: packing.whole(tensor, packed.get(name)).clone() for name, tensor in tensors.items()}
     together: dict[str, Tensor] = {}
     for theirs in world.gather_objects(mine):
         for name, tensor in theirs.items():

@@ -1,7 +1,7 @@
 """Steps of small trainings whose memory and traffic are counted, for the forecast to be held against.
 
-Alone, `measured` counts the bytes of tensors that are alive in one process. Run by torchrun, cases run under every plan
-of `PLANS`: ``torchrun --nproc-per-node 2 plan_cases.py DIRECTORY CASE...``.
+Alone, `measured` counts the bytes of tensors that are alive in one process. Run by torchrun, cases run one after the
+other: ``torchrun --nproc-per-node 2 plan_cases.py DIRECTORY CASE...``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kinema.config.schema import Config, ParallelConfig
 from kinema.data.batch import Batch
 from kinema.data.buckets import Bucket
+from kinema.dtypes import torch_dtype
 from kinema.families.base import Family
 from kinema.families.registry import family_class, open_family
 from kinema.families.sample_shapes import sample_tensors
@@ -32,13 +33,14 @@ from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
 from kinema.parallel.data import accumulate
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
-from kinema.parallel.plan_memory import Memory, Model, forecast
+from kinema.parallel.plan_memory import forecast
+from kinema.parallel.plan_model import Memory, Model, Sharding
 from kinema.parallel.plan_time import Traffic, traffic
 from kinema.plugins import OBJECTIVES
 from kinema.runs.trained import named_trainables
 from kinema.training.dry_step import DryNetworks
 from kinema.training.loop import Trainer, Work, train_step
-from kinema.training.networks import FamilyDenoiser, block_matrices, load_networks
+from kinema.training.networks import FamilyDenoiser, block_matrices, load_networks, pipeline_over
 from kinema.training.progress import Progress
 
 
@@ -73,12 +75,41 @@ SMALL = (
 )
 
 
+PLANS: dict[str, tuple[Sizes, dict[str, Any]]] = {
+    "alone": (Sizes(), {}),
+    "replicated": (Sizes(dp_replicate=2), {}),
+    "sharded": (Sizes(dp_shard=2), {}),
+    "zero 2": (Sizes(dp_shard=2), {"zero": 2}),
+    "zero 1": (Sizes(dp_shard=2), {"zero": 1}),
+    "offloaded": (Sizes(dp_shard=2), {"cpu_offload": True}),
+    "sp": (Sizes(sp=2), {}),
+    "ring": (Sizes(sp=2), {"attention": "ring"}),
+    "tp": (Sizes(tp=2), {}),
+    "pp": (Sizes(pp=2), {}),
+    "gpipe": (Sizes(pp=2), {"schedule": "gpipe"}),
+    "interleaved": (Sizes(pp=2), {"schedule": "interleaved", "stages_per_rank": 2}),
+    "sp x tp": (Sizes(sp=2, tp=2), {}),
+    "sharded x sp": (Sizes(dp_shard=2, sp=2), {}),
+    "sharded x tp": (Sizes(dp_shard=2, tp=2), {}),
+    "pp x sharded": (Sizes(pp=2, dp_shard=2), {}),
+    "pp x sp": (Sizes(pp=2, sp=2), {}),
+    "pp x tp": (Sizes(pp=2, tp=2), {}),
+}
+"""Meshes, and further keys of ``[parallel]``."""
+
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"training": {"ema": {"decay": 0.99}}},
     "full, checkpointed": {"training": {"ema": {"decay": 0.99}, "activation_checkpointing": True}},
     "full, accumulated": {"training": {"batch_size": 4, "micro_batch_size": 1}},
     "lora": {"adapter": {"rank": 8}},
     "lora, checkpointed": {"adapter": {"rank": 8}, "training": {"activation_checkpointing": True}},
+    "full, bf16": {"training": {"precision": "bf16", "batch_size": 4, "micro_batch_size": 1}},
+    "lora, bf16": {"adapter": {"rank": 8}, "training": {"precision": "bf16"}},
+    "full, staged": {"training": {"batch_size": 8, "micro_batch_size": 1}},
+    "lora, staged": {
+        "adapter": {"rank": 8},
+        "training": {"batch_size": 8, "micro_batch_size": 1, "activation_checkpointing": True},
+    },
 }
 
 
@@ -92,9 +123,11 @@ def write(small: Small, root: Path) -> Path:
     return directory
 
 
-def config_of(small: Small, directory: Path, kind: str) -> Config:
-    """A training of the network from random weights; ``kind``: of `KINDS`."""
+def config_of(small: Small, directory: Path, kind: str, plan: str = "alone") -> Config:
+    """A training of the network from random weights; ``kind``: of `KINDS`, ``plan``: of `PLANS`."""
     tables = KINDS[kind]
+    sizes, settings = PLANS[plan]
+    mesh = {name: size for name, size in asdict(sizes).items() if size > 1}
     return Config.model_validate(
         {
             "model": {
@@ -105,6 +138,7 @@ def config_of(small: Small, directory: Path, kind: str) -> Config:
                 "text_length": 64,
             },
             "data": {"sources": [{"path": str(directory)}]},
+            "parallel": mesh | settings,
             **tables,
             "training": {"steps": 10, "precision": "fp32", "batch_size": 2} | tables.get("training", {}),
         }
@@ -137,10 +171,11 @@ def trainer_of(config: Config, family: Family, world: World) -> tuple[Trainer, d
         parameters=parameters,
         objective=OBJECTIVES.load("flow")(config.objective, family),
         optimizers=build_optimizers(parameters, block_matrices(networks, family), config.optimizer),
-        compute_dtype=torch.float32,
+        compute_dtype=torch_dtype(config.training.precision),
         progress=Progress(),
         total_steps=10,
         ema=None if ema is None else Ema(parameters.items(), ema.decay),
+        pipeline=pipeline_over(networks, config, world),
         accumulating=accumulating,
     )
     return trainer, networks
@@ -177,14 +212,18 @@ def seeing_resizes(live: LiveBytes) -> Iterator[None]:
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that collectives are given, by kind; single numbers, such as the norm of the gradients, left out."""
+    """Bytes that collectives are given, by kind; single numbers, such as the norm of the gradients, and headers of
+    messages left out."""
 
     OPERATORS: ClassVar = {
         torch.ops.c10d.allreduce_.default: ("all_reduce", 0),
         torch.ops.c10d._allgather_base_.default: ("all_gather", 0),
         torch.ops.c10d._reduce_scatter_base_.default: ("reduce_scatter", 1),
+        torch.ops.c10d.allgather_.default: ("gather", 0),
+        torch.ops.c10d.alltoall_base_.default: ("all_to_all", 1),
+        torch.ops.c10d.send.default: ("send", 0),
     }
-    NUMBERS = 16
+    NUMBERS = 8
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +233,8 @@ class Sent(TorchDispatchMode):
         if func in self.OPERATORS:
             kind, place = self.OPERATORS[func]
             tensors = torch.utils._pytree.tree_leaves(args[place])
-            self.bytes[kind] += sum(one.nbytes for one in tensors if one.numel() > self.NUMBERS)
+            counted = [one for one in tensors if one.numel() > self.NUMBERS and one.dtype != torch.int64]
+            self.bytes[kind] += sum(one.nbytes for one in counted)
         return func(*args, **(kwargs or {}))
 
 
@@ -219,35 +259,55 @@ def measured(config: Config, bucket: Bucket, world: World) -> tuple[int, Counter
 
 def expected(config: Config, bucket: Bucket, sizes: Sizes) -> tuple[Memory, Traffic]:
     """The forecast of the same step, for CPUs."""
-    networks = DryNetworks(config, open_family(config.model), "fp32")
-    training = config.training
+    training, parallel = config.training, config.parallel
+    networks = DryNetworks(config, open_family(config.model), training.precision)
     assert isinstance(training.batch_size, int)
     share = training.batch_size // sizes.dp
     micro = min(training.micro_batch_size or share, share)
-    one = networks.run(bucket, 1, training.activation_checkpointing)
+    checkpointing = training.activation_checkpointing
+    one = networks.run(bucket, 1, checkpointing, None, sizes.sp, sizes.tp)
     if micro > 1:
-        one = one.at(networks.run(bucket, 2, training.activation_checkpointing), micro)
-    model = Model(tuple(networks.weights), networks.buffers, networks.blocks)
-    return forecast(model, one, sizes, share // micro, on_gpu=False), traffic(model, one, sizes, share // micro)
+        one = one.at(networks.run(bucket, 2, checkpointing, None, sizes.sp, sizes.tp), micro)
+    model = Model(
+        tuple(networks.weights),
+        networks.buffers,
+        networks.blocks,
+        parallel.schedule,
+        parallel.stages_per_rank,
+        units=networks.units,
+        unit_of=networks.unit_of,
+    )
+    how = Sharding(parallel.zero)  # what is offloaded stays in the same memory here
+    memory = forecast(model, one, sizes, share // micro, how, on_gpu=False)
+    return memory, traffic(model, one, sizes, share // micro, how)
 
 
-PLANS = {"replicated": Sizes(dp_replicate=2), "sharded": Sizes(dp_shard=2)}
+def cases_of(small: Small, ranks: int) -> list[str]:
+    """Cases of a network for so many processes."""
+    found = []
+    for plan, (sizes, _) in PLANS.items():
+        if sizes.total == ranks:
+            kinds = [kind for kind in KINDS if ("staged" in kind) == (sizes.pp > 1)]
+            found += [f"{small.id}/{kind}/{plan}" for kind in kinds if sizes.dp_shard > 1 or "bf16" not in kind]
+    return found
 
 
 def main(root: Path, cases: list[str]) -> None:
-    """``cases``: such as "wan-t2v-1.3b/lora", on both plans."""
+    """``cases``: such as "wan-t2v-1.3b/lora/sp"."""
     torch.set_num_threads(1)
     started = start(ParallelConfig(), "cpu")
+    worlds: dict[Sizes, World] = {}
     found: dict[str, Any] = {}
     for case in cases:
-        small = next(one for one in SMALL if one.id == case.partition("/")[0])
-        for plan, sizes in PLANS.items():
-            world = lay_out(started, sizes)
-            config = config_of(small, root / small.id, case.partition("/")[2])
-            of_ranks = world.gather_objects(measured(config, small.bucket, world))
-            found[f"{case}/{plan}"] = max(peak for peak, _ in of_ranks), of_ranks[0][1]
-    if started.is_main:
-        (root / "measured.json").write_text(json.dumps(found))
+        name, kind, plan = case.split("/")
+        small, sizes = next(one for one in SMALL if one.id == name), PLANS[plan][0]
+        if sizes not in worlds:
+            worlds[sizes] = lay_out(started, sizes)
+        world = worlds[sizes]
+        of_ranks = world.gather_objects(measured(config_of(small, root / small.id, kind, plan), small.bucket, world))
+        found[case] = max(peak for peak, _ in of_ranks), of_ranks[0][1]
+        if started.is_main:
+            (root / "measured.json").write_text(json.dumps(found))
     stop()
 
 

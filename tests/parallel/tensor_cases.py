@@ -10,30 +10,40 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pipeline_cases
 import torch
 from pipeline_cases import SAMPLES, Plan, configured, share, trainer_of
 from torch import Tensor, nn
 
+from kinema.adapters.inject import adapter_state, add_adapter, diffusers_name
 from kinema.config.schema import AdapterConfig, OptimizerConfig, ParallelConfig
+from kinema.families.pipeline_plans import pipeline_units
+from kinema.memory.checkpointing import checkpoint_blocks
+from kinema.memory.compile import compile_blocks
+from kinema.objectives.base import Loss
 from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
 from kinema.parallel.data import accumulate, check_equal_weights, shard
+from kinema.parallel.lanes import collected
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
 from kinema.parallel.packing import packings, whole
+from kinema.parallel.pipeline import Pipeline
+from kinema.parallel.pipeline_stages import cut, partition
+from kinema.parallel.sequence import split_sequences
 from kinema.parallel.tensor import split_matrices
 from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.clipping import clip_gradients
-from kinema.training.export import _gathered
 from kinema.training.loop import train_step
 from kinema.training.state import load_training_state, training_state
 
 Result = dict[str, Any]
 Call = Callable[[nn.Module, torch.Generator], Tensor]
+CLIP_NORM = 0.01
+"""In float64 every norm is above it."""
 
 
 def gathered(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,8 +58,7 @@ def gathered(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 def train(world: World, plan: Plan, root: Path) -> Result:
     """Losses, norms and weights of a family's tiny model after some steps of `train_step`."""
     config, family = configured(plan, root)
-    pipeline_cases._start_adapters = lambda networks: None  # real ones, which one process and peers draw alike
-    trainer = trainer_of(world, config, family)
+    trainer = trainer_of(world, config, family, start_adapters=False)  # one process and peers draw them alike
     samples = torch.load(root / f"{plan.model}.pt", weights_only=True)
     losses, norms = [], []
     for _ in range(plan.steps):
@@ -96,7 +105,7 @@ def _open_sora(fused: bool) -> tuple[nn.Module, dict[str, nn.ModuleList], Call]:
             return_dict=False,
         )[0]
 
-    return network, {"double": network.double_blocks, "single": network.single_blocks}, call
+    return network, {"double_blocks": network.double_blocks, "single_blocks": network.single_blocks}, call
 
 
 def _flux() -> tuple[nn.Module, dict[str, nn.ModuleList], Call]:
@@ -126,7 +135,8 @@ def _flux() -> tuple[nn.Module, dict[str, nn.ModuleList], Call]:
             return_dict=False,
         )[0]
 
-    return network, {"double": network.transformer_blocks, "single": network.single_transformer_blocks}, call
+    blocks = {"transformer_blocks": network.transformer_blocks}
+    return network, blocks | {"single_transformer_blocks": network.single_transformer_blocks}, call
 
 
 def _wan() -> tuple[nn.Module, dict[str, nn.ModuleList], Call]:
@@ -169,16 +179,15 @@ def _drawing(generator: torch.Generator) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def built(world: World, name: str, lora: bool) -> tuple[nn.Module, Call]:
-    """A network with random weights in float64, laid over the processes as ``load_networks`` does it."""
+def built(world: World, name: str, lora: bool, compiled: bool = False) -> tuple[nn.Module, Call]:
+    """A network with random weights in float64, laid over the processes as ``load_networks`` does it; with its blocks
+    compiled, and run again in the backward pass."""
     network, blocks, call = NETWORKS[name]()
     torch.manual_seed(5)
     for parameter in network.parameters():
         scale = parameter.shape[1] ** -0.5 if parameter.ndim > 1 else 1.0
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * scale
     if lora:
-        from kinema.adapters.inject import add_adapter
-
         add_adapter(network, AdapterConfig(rank=3), [r".*blocks\..*", "proj_out|final_layer.linear"], seed=4)
         generator = torch.Generator().manual_seed(6)
         for parameter in network.parameters():
@@ -186,25 +195,67 @@ def built(world: World, name: str, lora: bool) -> tuple[nn.Module, Call]:
                 parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
     if world.size > 1:
         check_equal_weights(network, world)
+    units = pipeline_units(network, blocks)
     split_matrices(network, world)
+    split_sequences(network, blocks, world)
+    if compiled:
+        checkpoint_blocks(blocks)
+        compile_blocks(blocks, "aot_eager")
+    if world.sizes.pp > 1:
+        starts = partition([unit.name for unit in units], [1] * len(units), world.sizes.pp, "uniform")
+        cut(network, units, starts, world.place["pp"], world.sizes.pp)
     shard(network, blocks, world)
     return network, call
 
 
-def gradients(world: World, name: str, lora: bool) -> Result:
-    """Loss and gradients of samples, one a micro-batch, that depend on their place in the batch alone."""
-    network, call = built(world, name, lora)
-    total = 0.0
-    mine = range(world.dp_rank, 4, world.dp_size)
-    for index in mine:
-        with accumulate(network, last=index == mine[-1]):
-            loss = call(network, torch.Generator().manual_seed(index)).square().mean() / 4
-            loss.backward()
-        total += loss.item()
+class Passes:
+    """Forward and backward of samples that depend on a number alone, one a micro-batch."""
+
+    def __init__(self, world: World, network: nn.Module, call: Call) -> None:
+        self.world, self.network, self.call = world, network, call
+        self.pipeline = Pipeline({"network": network}, world) if world.sizes.pp > 1 else None
+
+    def __call__(self, seeds: range) -> float:
+        """Sums gradients over all of them, on whichever process; returns the loss."""
+        mine, share = seeds[self.world.dp_rank :: self.world.dp_size], 1 / self.world.sizes.sp
+        if self.pipeline is None:
+            losses = [self._one(seed, share, seed == mine[-1]) for seed in mine]
+        else:
+            losses = self.pipeline.run([partial(self._loss, seed) for seed in mine], share)
+            with accumulate(self.network):  # sums over the other dimensions of the mesh
+                pass
+            self.pipeline.sum_shared()
+        return self.world.all_reduce_sum(sum(one.total.item() for one in losses))
+
+    def _one(self, seed: int, share: float, last: bool) -> Loss:
+        with accumulate(self.network, last):
+            loss = self._loss(seed)
+            (loss.total * share).backward()
+        return loss
+
+    def _loss(self, seed: int) -> Loss:
+        total = self.call(self.network, torch.Generator().manual_seed(seed)).square().mean() / SAMPLES
+        return Loss(total, total.detach(), {})
+
+
+def gradients(world: World, name: str, lora: bool, compiled: bool = False) -> Result:
+    """Loss and clipped gradients of a batch."""
+    network, call = built(world, name, lora, compiled)
+    passes = Passes(world, network, call)
+    loss = passes(range(SAMPLES))
     trained = {name: p for name, p in network.named_parameters() if p.grad is not None}
-    clip = clip_gradients(trained.values(), 0.1)
+    norm = clip_gradients(trained.values(), CLIP_NORM, passes.pipeline)
     found = gathered(network, {name: p.grad for name, p in trained.items() if p.grad is not None})
-    return {"loss": world.all_reduce_sum(total), "norm": clip.item(), "gradients": found}
+    return {"loss": loss, "norm": norm.item(), "gradients": of_all_stages(world, found)}
+
+
+def of_all_stages(world: World, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of all processes; what several have must be the same on all, but for rounding."""
+    together: dict[str, Tensor] = {}
+    for theirs in world.gather_objects({name: tensor.clone() for name, tensor in mine.items()}):
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(together.setdefault(name, tensor), tensor, rtol=1e-12, atol=1e-15)
+    return together
 
 
 def states(world: World, name: str, lora: bool, root: Path, optimizer: str) -> Result:
@@ -216,15 +267,14 @@ def states(world: World, name: str, lora: bool, root: Path, optimizer: str) -> R
     matrices = {one for one, p in parameters.items() if p.ndim == 2 and "blocks" in one}
     config = OptimizerConfig(type=optimizer, lr=1e-3, weight_decay=0.1)
     optimizers, ema = build_optimizers(parameters, matrices, config), Ema(parameters.items(), 0.9)
+    passes = Passes(world, network, call)
     written = root / f"{name}-{lora}-{optimizer}"
     mine = Checkpointer(written / "-".join(map(str, dataclasses.astuple(world.sizes))), 2, world.size > 1, world)
 
     def steps(first: int) -> None:
         for step in (first, first + 1):
-            for index in range(world.dp_rank, 4, world.dp_size):
-                with accumulate(network, last=index + world.dp_size >= 4):
-                    loss = call(network, torch.Generator().manual_seed(10 * step + index)).square().mean() / 4
-                    loss.backward()
+            passes(range(10 * step, 10 * step + SAMPLES))
+            clip_gradients([p for p in parameters.values() if p.grad is not None], CLIP_NORM, passes.pipeline)
             for one in optimizers:
                 one.step()
                 one.zero_grad()
@@ -235,11 +285,11 @@ def states(world: World, name: str, lora: bool, root: Path, optimizer: str) -> R
         mine.save(2, training_state(networks, optimizers, ema), {})
     else:
         load_training_state(mine, written / "1-1-1-1-1" / "step-00000002", networks, optimizers, ema)
-    before = everything(networks, optimizers, ema)
+    before = everything(world, networks, optimizers, ema)
     steps(2)
     mine.save(4, training_state(networks, optimizers, ema), {})
     mine.wait_for_staging()
-    after = everything(networks, optimizers, ema)
+    after = everything(world, networks, optimizers, ema)
     for parameter in parameters.values():  # while it is written
         parameter.data.zero_()
     mine.close()
@@ -249,13 +299,21 @@ def states(world: World, name: str, lora: bool, root: Path, optimizer: str) -> R
     optimizers, ema = build_optimizers(parameters, matrices, config), Ema(parameters.items(), 0.9)
     mine = Checkpointer(mine.root, 2, False, world)
     load_training_state(mine, mine.root / "step-00000004", networks, optimizers, ema)
-    returned = everything(networks, optimizers, ema)
+    returned = everything(world, networks, optimizers, ema)
     assert all(torch.equal(value, returned[key]) for key, value in after.items()), "not what was saved"
-    exported = _gathered(networks["network"], lora, torch.float64, world)
+    here = adapter_state(networks["network"]) if lora else networks["network"].state_dict()
+    exported = exportable(world, networks["network"], here)
     return {"before": before, "after": after, "exported": exported, "written": str(mine.root / "step-00000004")}
 
 
-def everything(networks: Any, optimizers: Any, ema: Ema) -> dict[str, Tensor]:
+def exportable(world: World, network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's tensors by their diffusers names as an export gets them, one at a time on the main process."""
+    packed = {diffusers_name(name) or name: packing for name, packing in packings(network).items()} | packings(network)
+    tensors = collected(state, lambda name, value: whole(value, packed.get(name)).detach(), world)
+    return {name: value.clone() for name, value in tensors if world.is_main}
+
+
+def everything(world: World, networks: Any, optimizers: Any, ema: Ema) -> dict[str, Tensor]:
     """All tensors of the training, whole."""
     network = networks["network"]
     names = {parameter: name for name, parameter in named_trainables(networks).items()}
@@ -267,7 +325,7 @@ def everything(networks: Any, optimizers: Any, ema: Ema) -> dict[str, Tensor]:
             name = names[parameter]
             for key, value in state.items():
                 found[f"optimizer.{name}.{key}"] = whole(value, packed.get(name))
-    return {name: tensor.clone() for name, tensor in found.items()}
+    return of_all_stages(world, found)
 
 
 # -- on several processes --------------------------------------------------------------------------------------------
@@ -279,10 +337,11 @@ def sizes_of(text: str) -> Sizes:
 
 
 def run(world: World, case: str, root: Path) -> Result:
-    """``gradients NETWORK KIND``, ``states NETWORK KIND OPTIMIZER``, or the name of a plan."""
+    """``gradients NETWORK KIND``, ``compiled NETWORK KIND``, ``states NETWORK KIND OPTIMIZER``, or the name of a
+    plan."""
     what, *rest = case.split()
-    if what == "gradients":
-        return gradients(world, rest[0], rest[1] == "lora")
+    if what in ("gradients", "compiled"):
+        return gradients(world, rest[0], rest[1] == "lora", what == "compiled")
     if what == "states":
         return states(world, rest[0], rest[1] == "lora", root, rest[2])
     sizes = "-".join(f"{key}{size}" for key, size in dataclasses.asdict(world.sizes).items() if size > 1)

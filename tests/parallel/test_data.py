@@ -23,7 +23,7 @@ from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.state import load_training_state, training_state
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("parallel")]  # one worker runs the ranks
+pytestmark = [pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)

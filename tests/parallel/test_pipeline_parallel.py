@@ -134,7 +134,6 @@ def test_partition() -> None:
     [
         (11, "uniform", [], r"11 pipeline stages need as many blocks, and the network has 10"),
         (3, "regex:double.[01]$", [], r"finds 2 of the 10 blocks, and there are 3 stages. Blocks are called double.0"),
-        (2, "regex:(", [], r"no regular expression"),
         (2, "uniform", [4, 5], r"gives 2 stages 9 blocks; there are 2 stages .* network has 10"),
         (2, "uniform", [4, 3, 3], r"gives 3 stages 10 blocks; there are 2 stages"),
         (2, "uniform", [10, 0], r"of which each stage needs one"),
@@ -263,7 +262,7 @@ def assert_as_alone(root: Path, plan: Plan) -> None:
     want = alone(root, plan)[1]
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), plan.name
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-5), plan.name
-    assert plan.lora or min(want["norms"]) > 0.005, "clipping was not in force"
+    assert min(want["norms"]) > 1.2 * want["clip_norm"], f"{plan.name}: clipping was not in force"
     assert got["held_out"] == pytest.approx(want["held_out"], rel=1e-5), plan.name
     for kind in ("weights", "averages"):
         assert got[kind].keys() == want[kind].keys()
@@ -318,7 +317,6 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("parallel")
 @pytest.mark.parametrize("plan", FEW, ids=lambda plan: plan.name)
 def test_two_ranks(few: Path, plan: Plan) -> None:
     if FILES in plan.settings:
@@ -344,7 +342,6 @@ def test_all_families_are_tried() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.xdist_group("parallel")
 def test_every_family(tmp_path: Path) -> None:
     plans = [Plan(name, "pp2", lora=lora, steps=1) for name in DIFFERENT for lora in (False, True)]
     launch(tmp_path, 2, plans)
@@ -361,7 +358,6 @@ CHECKPOINTED = (("training.activation_checkpointing", True),)
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.xdist_group("parallel")
 def test_every_schedule(tmp_path: Path) -> None:
     settings: list[Any] = [(("schedule", "gpipe"),), (("schedule", "zero_bubble"),), CHECKPOINTED]
     plans = [Plan(model, "pp2", lora, settings=one) for model in MODELS for lora in (False, True) for one in settings]
@@ -373,8 +369,19 @@ def test_every_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.xdist_group("parallel")
-@pytest.mark.parametrize("sizes", ["pp2-dp_replicate2", "pp2-dp_shard2", "pp4"])
+def test_compiled_blocks(tmp_path: Path) -> None:
+    """Through Inductor: in stages, shards and parts, full, and LoRA with checkpoints."""
+    compiled = (("training.compile", True),)
+    plans = [Plan("wan-t2v-1.3b", sizes, settings=compiled) for sizes in ("pp2", "dp_shard2", "tp2")]
+    plans += [Plan("flux-dev", one.sizes, True, settings=compiled + CHECKPOINTED) for one in plans]
+    launch(tmp_path, 2, plans)
+    for plan in plans:
+        assert_as_alone(tmp_path, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("sizes", ["pp2-dp_replicate2", "pp2-dp_shard2", "pp2-tp2", "pp4"])
 def test_four_ranks(tmp_path: Path, sizes: str) -> None:
     models = FOUR_BLOCKS if sizes == "pp4" else MODELS
     plans = [Plan(model, sizes, lora, settings=(FILES,)) for model in models for lora in (False, True)]
@@ -391,8 +398,8 @@ def test_four_ranks(tmp_path: Path, sizes: str) -> None:
 # -- what is refused at the start ------------------------------------------------------------------------------------
 
 
-def _staged(**sizes: int) -> World:
-    return World(0, 2, 0, torch.device("cpu"), Sizes(pp=2, **sizes))
+def _staged(**sizes: int) -> Sizes:
+    return Sizes(pp=2, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +421,6 @@ def test_refusals(tmp_path: Path, tables: dict[str, Any], sizes: dict[str, int],
         check_pipeline(config, family_of(ALL["wan-t2v-1.3b"], tmp_path), _staged(**sizes))
 
 
-@pytest.mark.xdist_group("parallel")
 def test_more_stages_than_blocks_are_refused(few: Path) -> None:
     case = ALL["wan-t2v-1.3b"]
     parallel = {"pp": 2, "schedule": "interleaved", "stages_per_rank": 9}

@@ -13,7 +13,7 @@ from typing import Any
 import plan_cases
 import pytest
 import torch
-from plan_cases import KINDS, PLANS, SMALL, Small, config_of, expected, measured, write
+from plan_cases import KINDS, PLANS, SMALL, Small, cases_of, config_of, expected, measured, write
 from typer.testing import CliRunner
 
 from kinema.cli import app
@@ -22,13 +22,27 @@ from kinema.memory.dry_run import LiveBytes
 from kinema.parallel.devices import KNOWN, Cluster, parse_devices
 from kinema.parallel.mesh import Sizes, World
 from kinema.parallel.plan import Batch, Candidate, Workload, layouts, search
-from kinema.parallel.plan_memory import OUTSIDE, Model, Pass, Segment, Weight, blocks_of, forecast, waiting
-from kinema.parallel.plan_time import bubble_of, step_time, traffic
+from kinema.parallel.plan_memory import forecast
+from kinema.parallel.plan_model import OUTSIDE, Model, Pass, Segment, Weight
+from kinema.parallel.plan_stages import Moment, moments_of, stages_of
+from kinema.parallel.plan_time import bubble_of, shared_out, step_time, traffic
 from kinema.parallel.schedule import Schedule, orders
 
 TOLERANCE = 0.1
+OF_FOUR = 0.15
+"""Shards over four, where little is left of activations: the smallest is forecast at 0.89."""
+OF_STAGES = 0.15
 QUICK = {("wan-t2v-1.3b", "full"), ("flux-dev", "lora, checkpointed")}
-ON_TWO_RANKS = {"wan-t2v-1.3b/full, accumulated", "wan-t2v-1.3b/lora, checkpointed"}
+ON_TWO_RANKS = (
+    "wan-t2v-1.3b/full, accumulated/replicated",
+    "wan-t2v-1.3b/full, accumulated/sharded",
+    "wan-t2v-1.3b/full, accumulated/zero 1",
+    "wan-t2v-1.3b/full, bf16/zero 2",
+    "wan-t2v-1.3b/lora, checkpointed/sharded",
+    "wan-t2v-1.3b/full, staged/pp",
+    "flux-dev/full/sp",
+    "flux-dev/lora, checkpointed/tp",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(small, kind, id=f"{small.id}-{kind}", marks=[] if (small.id, kind) in QUICK else pytest.mark.slow)
         for small in SMALL
         for kind in KINDS
+        if "staged" not in kind and "bf16" not in kind
     ],
 )
 def test_memory_of_one_process(small: Small, kind: str, root: Path) -> None:
@@ -55,10 +70,11 @@ def test_memory_of_one_process(small: Small, kind: str, root: Path) -> None:
     assert memory.total == pytest.approx(peak, rel=TOLERANCE)
 
 
-def _on_two_ranks(cases: list[str], root: Path) -> dict[str, Any]:
-    for small in SMALL[:2]:
-        write(small, root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+def _on_ranks(ranks: int, cases: list[str], root: Path) -> dict[str, Any]:
+    for small in SMALL:
+        if any(case.startswith(small.id) for case in cases):
+            write(small, root)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, plan_cases.__file__, str(root), *cases], check=True, env=environment, timeout=600)
     found: dict[str, Any] = json.loads((root / "measured.json").read_text())
@@ -68,27 +84,45 @@ def _on_two_ranks(cases: list[str], root: Path) -> dict[str, Any]:
 def _compare(found: dict[str, Any], root: Path) -> None:
     for name, (peak, sent) in found.items():
         case, kind, plan = name.split("/")
-        small = next(one for one in SMALL if one.id == case)
-        memory, moved = expected(config_of(small, root / case, kind), small.bucket, PLANS[plan])
-        assert memory.total == pytest.approx(peak, rel=TOLERANCE), name
-        assert sent.get("all_reduce", 0) == moved.replicate_reduce, name
-        assert sent.get("all_gather", 0) == moved.shard_gather, name
-        assert sent.get("reduce_scatter", 0) == moved.shard_scatter, name
+        small, sizes = next(one for one in SMALL if one.id == case), PLANS[plan][0]
+        memory, moved = expected(config_of(small, root / case, kind, plan), small.bucket, sizes)
+        tolerance = TOLERANCE if sizes.total < 4 else OF_FOUR
+        assert memory.total == pytest.approx(peak, rel=tolerance), name
+        given = {
+            "all_gather": moved.shard_gather,
+            "reduce_scatter": moved.shard_scatter,
+            "all_to_all": moved.sp_exchange,
+            "gather": moved.tp_gather,
+            "send": moved.pp_send / 2,  # the first stage sends forward alone
+            "all_reduce": moved.replicate_reduce + moved.small_reduce + moved.tp_reduce,
+        }
+        if sizes.pp == 1:
+            assert {kind: sent.get(kind, 0) for kind in given} == given, name
+            continue
+        assert sent["send"] == given["send"], name
+        for kind in ("all_gather", "reduce_scatter", "all_to_all"):  # not all stages have what is outside of blocks
+            assert sent.get(kind, 0) == pytest.approx(given[kind], rel=OF_STAGES), name
 
 
 def test_memory_and_traffic_of_two_ranks(root: Path) -> None:
-    """Replicated and sharded; what collectives are given is forecast to the byte."""
-    found = _on_two_ranks(sorted(ON_TWO_RANKS), root)
-    assert len(found) == 4
-    assert (
-        found["wan-t2v-1.3b/full, accumulated/sharded"][1]["all_gather"] > 40e6
-    )  # forward and back, two micro-batches
+    """What collectives are given is forecast to the byte."""
+    found = _on_ranks(2, list(ON_TWO_RANKS), root)
+    assert len(found) == len(ON_TWO_RANKS)
+    sharded = found["wan-t2v-1.3b/full, accumulated/sharded"][1]
+    assert sharded["all_gather"] > 40e6  # forward and back, two micro-batches
     _compare(found, root)
 
 
 @pytest.mark.slow
-def test_memory_and_traffic_of_two_ranks_in_all_cases(root: Path) -> None:
-    _compare(_on_two_ranks([f"{small.id}/{kind}" for small in SMALL[:2] for kind in KINDS], root), root)
+@pytest.mark.parametrize("small", SMALL[:5], ids=lambda small: small.id)
+def test_memory_and_traffic_of_two_ranks_in_all_cases(small: Small, root: Path) -> None:
+    _compare(_on_ranks(2, cases_of(small, ranks=2), root), root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", SMALL[:5], ids=lambda small: small.id)
+def test_memory_and_traffic_of_four_ranks(small: Small, root: Path) -> None:
+    _compare(_on_ranks(4, cases_of(small, ranks=4), root), root)
 
 
 @pytest.mark.gpu
@@ -143,11 +177,11 @@ def test_live_bytes_counts_storages_once_and_forgets_what_is_gone() -> None:
 def paper_model(blocks: int = 4) -> Model:
     """Blocks of one trained matrix of 8 x 1000 bytes, and as much outside, in fp32 with AdamW."""
     weight = Weight(block=OUTSIDE, elements=2000, rows=8, bytes=8000, trains=True, gradient=8000, state=16000)
-    return Model((weight, *(replace(weight, block=i, splits=True) for i in range(blocks))), buffers=0, blocks=blocks)
+    return Model((weight, *(replace(weight, block=i, splits="rows") for i in range(blocks))), buffers=0, blocks=blocks)
 
 
 def paper_pass(blocks: int = 4) -> Pass:
-    forward = [Segment(i, kept=100, peak=150, flops=1e12, attention=400, carried=60) for i in range(blocks)]
+    forward = [Segment(i, kept=100, peak=150, flops=1e12, attention=400, made=60) for i in range(blocks)]
     backward = [Segment(i, kept=-100, peak=50, own_peak=8050, gradients=8000, flops=2e12) for i in range(blocks)][::-1]
     return Pass(tuple(forward), tuple(backward))
 
@@ -176,8 +210,8 @@ def test_traffic_by_dimension() -> None:
     assert shards.wire(Sizes(dp_shard=4)) == {"dp_shard": 3 / 4 * 240000}
     hybrid = traffic(model, one, Sizes(dp_replicate=2, dp_shard=4), 1)
     assert hybrid.replicate_reduce == 10000  # each shard between the copies
-    assert traffic(model, one, Sizes(sp=4), 1).sp_exchange == 2 * 4 * 400 / 4  # forward and back, a quarter each
-    assert traffic(model, one, Sizes(tp=2), 1).tp_reduce == 2 * 2 * 4 * 60
+    assert traffic(model, shared_out(one, 4, 1), Sizes(sp=4), 1).sp_exchange == 2 * 4 * 400 / 4  # there and back
+    assert traffic(model, shared_out(one, 1, 2), Sizes(tp=2), 1).tp_reduce == 2 * 2 * 4 * 60
     assert traffic(model, one, Sizes(pp=2), 8).pp_send == 2 * 8 * 60
 
 
@@ -186,7 +220,7 @@ def test_a_step_takes_flops_over_speed_and_waits_for_what_is_not_hidden() -> Non
     slow = Cluster(replace(KNOWN["H100"], flops=1e12, link=1e4), 4, 4)
     alone = step_time(model, one, Sizes(), 1, replace(slow, count=1), mfu=0.5)
     assert alone.total == alone.compute == 12 / 0.5
-    sequence = step_time(model, one, Sizes(sp=4), 1, slow, mfu=0.5)
+    sequence = step_time(model, shared_out(one, 4, 1), Sizes(sp=4), 1, slow, mfu=0.5)
     assert sequence.compute == 6
     assert sequence.sending["sp"] == pytest.approx(3 / 4 * 800 / 1e4)
     staged = step_time(model, one, Sizes(pp=4), 8, slow, mfu=0.5)
@@ -197,15 +231,17 @@ def test_a_step_takes_flops_over_speed_and_waits_for_what_is_not_hidden() -> Non
 
 
 def test_stages_and_the_micro_batches_that_wait_in_them() -> None:
-    assert blocks_of(paper_model(), 2) == [{0, 1}, {2, 3}]
-    assert blocks_of(replace(paper_model(), split=(1, 3)), 2) == [{0}, {1, 2, 3}]
+    assert stages_of(paper_model(), 2) == [{0, 1}, {2, 3}]
+    assert stages_of(replace(paper_model(), split=(1, 3)), 2) == [{0}, {1, 2, 3}]
     interleaved = replace(paper_model(), schedule="interleaved", stages_per_rank=2)
-    assert blocks_of(interleaved, 2) == [{0, 2}, {1, 3}]
-    assert waiting("1f1b", 4, 1, 8) == [4, 3, 2, 1]
-    assert waiting("gpipe", 4, 1, 8) == [8, 8, 8, 8]
-    assert waiting("1f1b", 4, 1, 64) == [4, 3, 2, 1]
+    assert stages_of(interleaved, 2) == [{0}, {1}, {2}, {3}]
+    assert moments_of("1f1b", 2, 1, 8)[1] == {Moment(False, 0, (0,)), Moment(True, 0, (0,))}
+    for schedule, waiting in (("1f1b", [3, 2, 1, 0]), ("gpipe", [7, 7, 7, 7])):  # besides the one that runs
+        for micro_batches in (8, 64) if schedule == "1f1b" else (8,):
+            found = moments_of(schedule, 4, 1, micro_batches)
+            assert [max(moment.waiting[0] for moment in of_rank) for of_rank in found] == waiting
     with pytest.raises(ConfigError, match="5 pipeline stages need as many blocks, and the network has 4"):
-        blocks_of(paper_model(), 5)
+        stages_of(paper_model(), 5)
 
 
 @pytest.mark.parametrize(("schedule", "per_rank"), [("1f1b", 1), ("gpipe", 1), ("interleaved", 2), ("zero_bubble", 1)])
@@ -221,10 +257,13 @@ def test_a_search_finds_the_fastest_that_fits() -> None:
     assert len(found_sizes) == len(set(found_sizes)) and all(sizes.total == 8 for sizes in found_sizes)
     assert Sizes(dp_replicate=8) in found_sizes and Sizes(tp=8) in found_sizes and Sizes(2, 1, 2, 2, 1) in found_sizes
     workload = Workload(
-        paper_model(), lambda _, samples: paper_pass(), lambda sizes: Batch(8, 1, 8 // min(sizes.dp, 8))
+        paper_model(),
+        lambda _, samples, sp, tp: shared_out(paper_pass(), sp, tp),
+        lambda sizes: Batch(8, 1, 8 // min(sizes.dp, 8)),
     )
 
-    def refusal(sizes: Sizes) -> tuple[str, str] | None:
+    def refusal(plan: Candidate) -> tuple[str, str] | None:
+        sizes = plan.sizes
         if sizes.pp > 4:
             return "pp = 8", "four blocks"
         return ("tp = 2", "no heads") if sizes.tp > 1 else None
@@ -236,7 +275,9 @@ def test_a_search_finds_the_fastest_that_fits() -> None:
     assert len(found.best) == 3 and all(one.fits(cluster) and one.plan.sizes.tp == 1 for one in found.best)
     times = [one.time.total for one in found.best]
     assert times[0] < 1.03 * min(times) and times[-1] > 0.97 * max(times)
-    many = Workload(paper_model(), lambda _, n: paper_pass().at(paper_pass(), n), lambda _: Batch(8, 8, 1), splits=True)
+    many = Workload(
+        paper_model(), lambda _, n, *__: paper_pass().at(paper_pass(), n), lambda _: Batch(8, 8, 1), splits=True
+    )
     split = many.forecast(Candidate(Sizes(dp_shard=8), True), cluster, micro=2)
     assert (split.batch.micro, split.batch.micro_batches) == (2, 4)
     none = search(workload, replace(cluster, device=replace(cluster.device, memory=1.0)), refusal)

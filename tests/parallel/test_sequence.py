@@ -22,10 +22,10 @@ from kinema.families.sequence_plans import PLANS, REFUSED, First, Tokens
 from kinema.families.standard import StandardFamily
 from kinema.parallel.mesh import World
 from kinema.parallel.ulysses import Layout, Peers
-from kinema.sampling.together import Rank
+from kinema.sampling.together import Rank, sequence_attention
 from kinema.training.networks import check_networks
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("parallel")]
+pytestmark = [pytest.mark.timeout(600)]
 
 FIVE = ("wan-i2v-14b-480p", "flux-dev", "hunyuan_video-i2v", "qwen_image-edit-2511", "open_sora-v2")
 PARTICULAR = ("wan-ti2v-5b-i2v", "hidream-full", "hunyuan_video15-480p-t2v")
@@ -111,7 +111,9 @@ def assert_trains_alike(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 EXACT = [f"exact:{name}" for name in PARTICULAR]
 ATTENTIONS = [f"attention:{name}" for name in sequence_cases.ATTENTIONS]
 OTHER = "other_kernels:wan-ti2v-5b-i2v"
-SAMPLED = "sampled:wan-t2v-1.3b"
+SAMPLED = ["sampled:wan-t2v-1.3b", "sampled_in_blocks:wan-t2v-1.3b"]
+TILED = [f"tiles:{name}" for name in ("wan-t2v-1.3b", "hunyuan_video-t2v", "open_sora-v2-dc")]
+"""Tiles of several calls that depend on each other; tiles in time too; an autoencoder of ours."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(root: Path) -> Callable[[str], dict[str, Any]]:
-    return launch(root, 2, [*ATTENTIONS, *EXACT, OTHER, SAMPLED, *(plan.name for plan in FEW)])
+    return launch(root, 2, [*ATTENTIONS, *EXACT, OTHER, *SAMPLED, *TILED, *(plan.name for plan in FEW)])
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -147,10 +149,25 @@ def test_other_kernels_are_told(two: Callable[[str], dict[str, Any]]) -> None:
     assert "WanTransformerBlock has not done" in two(OTHER)["message"]
 
 
-def test_samples_drawn_together(two: Callable[[str], dict[str, Any]], root: Path) -> None:
-    theirs = sequence_cases.run(World.alone(), SAMPLED, root)["samples"]
+@pytest.mark.parametrize("case", SAMPLED)
+def test_samples_drawn_together(two: Callable[[str], dict[str, Any]], root: Path, case: str) -> None:
+    theirs = sequence_cases.run(World.alone(), case, root)["samples"]
     assert float(theirs.std()) > 0.01
-    torch.testing.assert_close(two(SAMPLED)["samples"], theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(two(case)["samples"], theirs, rtol=0, atol=3e-5)
+
+
+def assert_tiles_are_shared(result: dict[str, Any], ranks: int) -> None:
+    """The same pixels, on every process; each calls the decoder for its share alone."""
+    assert result["apart"] == [0.0] * ranks
+    alone, *twice, whole = zip(*result["calls"], strict=True)
+    assert len(set(alone)) == 1 and sum(twice[0]) == alone[0] == sum(twice[1])
+    assert max(twice[0]) <= -(-alone[0] // ranks) + 2, "a tile more than the others"
+    assert len(set(whole)) == 1, "what is no tiles is not shared"
+
+
+@pytest.mark.parametrize("case", TILED)
+def test_tiles_are_shared_out(two: Callable[[str], dict[str, Any]], case: str) -> None:
+    assert_tiles_are_shared(two(case), 2)
 
 
 # -- the whole matrix ------------------------------------------------------------------------------------------------
@@ -194,12 +211,29 @@ def test_compiled_blocks(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tiles_of_every_class(root: Path, ranks: int) -> None:
+    cases = [f"tiles:{name}" for name in sequence_cases.TILES]
+    result = launch(root, ranks, cases)
+    for case in cases:
+        assert_tiles_are_shared(result(case), ranks)
+
+
+@pytest.mark.slow
+def test_parts_take_turns(root: Path) -> None:
+    case = "sampled_in_parts:wan-t2v-1.3b"
+    theirs = sequence_cases.run(World.alone(), case, root)["samples"]
+    torch.testing.assert_close(launch(root, 2, [case])(case)["samples"], theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_the_command_draws_together(root: Path) -> None:
-    """`kinema sample --sp 2` writes the file that one process writes."""
+    """`kinema sample --sp 2` writes the file that one process writes, the autoencoder's tiles shared out."""
     write_model("wan-t2v-1.3b", root)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     asked = ["a red ball", "--model", str(root / "wan-t2v-1.3b"), "--family", "wan", "--variant", "t2v-1.3b"]
     asked += ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2", "--crf", "0", "--device", "cpu"]
+    asked += ["--tile-size", "16"]
     found = []
     for launcher, sp in (([], "1"), (torchrun, "2")):
         command = [sys.executable, *launcher, "-m", "kinema", "sample", *asked, "--sp", sp, "--out", str(root / sp)]
@@ -285,3 +319,15 @@ def test_ranks_that_draw_together() -> None:
     ]
     with pytest.raises(UserError, match="--sp 3 draws each sample with 3 processes, and there are 4"):
         Rank(0, 4, 0, together=3).check()
+
+
+def test_how_they_attend_is_told() -> None:
+    assert [sequence_attention(*given) for given in ((None, 1), (None, 2), ("ring", 2))] == [
+        "ulysses",
+        "ulysses",
+        "ring",
+    ]
+    with pytest.raises(UserError, match=r"--sp-attention ring is for .*: give --sp too"):
+        sequence_attention("ring", 1)
+    with pytest.raises(UserError, match=r"--sp-attention rings: expected ulysses or ring.*\bring\b"):
+        sequence_attention("rings", 2)

@@ -25,12 +25,21 @@ from kinema.parallel.packing import Packing
 from kinema.parallel.tensor import _planned, check_tensor_parallel
 from kinema.runs.checkpoint_load import contents, load
 
+pytestmark = [pytest.mark.timeout(1500)]
+
 REPRESENTATIVE = ("open_sora-v2", "wan-i2v-14b-480p", "flux-dev")
 """In `make test`: a network of our own, norms over all heads, matrices that are several in one."""
 OTHERS = ("hunyuan_video-i2v", "qwen_image-edit", "wan-i2v-14b-480p", "wan-ti2v-5b", "wan-t2v-a14b", "open_sora-v2-dc")
 FIRST = [next(case for case in pipeline_cases.ALL.values() if case.family == name).id for name in family_names()]
 """A variant of every family."""
-FOUR_RANKS = ("dp_shard2-tp2", "dp_replicate2-tp2", "tp4")
+FOUR_RANKS = ("dp_shard2-tp2", "dp_replicate2-tp2", "tp4", "pp2-tp2")
+WITHOUT_STATES = ("sp2-tp2", "pp2-sp2", "dp_shard2-sp2", "pp2-dp_shard2", "dp_replicate2-dp_shard2")
+"""Plans of four ranks whose gradients alone are compared."""
+COMPILED = {
+    2: [f"tp2:compiled {name} {kind}" for name in ("flux", "wan", "open_sora") for kind in ("full", "lora")],
+    4: ["dp_shard2-tp2:compiled flux full", "pp2-tp2:compiled open_sora lora", "sp2-tp2:compiled wan full"],
+}
+"""By the number of ranks."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,10 +104,11 @@ def assert_trains_alike(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert ours["weights"][name].norm().item() == pytest.approx(value.norm().item(), rel=1e-5, abs=1e-6), name
 
 
-def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-12)
-    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-12)
-    assert_close(ours["gradients"], theirs["gradients"], 1e-9)
+def assert_same_gradients(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = 1e-9) -> None:
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3 * tolerance)
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-3 * tolerance)
+    assert theirs["norm"] > tensor_cases.CLIP_NORM, "clipping was not in force"
+    assert_close(ours["gradients"], theirs["gradients"], tolerance)
 
 
 def assert_same_states(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
@@ -166,17 +176,47 @@ def test_every_family_on_two_peers(results: Results) -> None:
         assert_trains_alike(results.shared(f"tp2:{case}"), results.alone(case))
 
 
+def tolerance_of(case: str) -> float:
+    """Wan's norms are in float32 whatever its weights are, and a part of a sequence sums in another order."""
+    return 1e-6 if "sp2" in case and "wan" in case else 1e-9
+
+
+EVERY_GRADIENT = [f"gradients {name} {kind}" for name in tensor_cases.NETWORKS for kind in ("full", "lora")]
+
+
 @pytest.mark.slow
 def test_four_ranks(results: Results) -> None:
+    """Gradients of every combination of two ways, and what AdamW and Muon make of them, in float64."""
     states = [*STATES, "states open_sora full muon"]
-    gradients = [f"gradients {name} {kind}" for name in tensor_cases.NETWORKS for kind in ("full", "lora")]
-    results.launch(4, [f"{sizes}:{case}" for sizes in FOUR_RANKS for case in (*states, *gradients)])
-    for sizes in FOUR_RANKS:
-        for case in gradients:
-            assert_same_gradients(results.shared(f"{sizes}:{case}"), results.alone(case))
-        for case in states:  # Muon's iteration is in float32
-            tolerance = 1e-6 if "muon" in case else 1e-9
-            assert_same_states(results.shared(f"{sizes}:{case}"), results.alone(case), tolerance)
+    cases = [f"{sizes}:{case}" for sizes in FOUR_RANKS + WITHOUT_STATES for case in EVERY_GRADIENT]
+    cases += [f"{sizes}:{case}" for sizes in FOUR_RANKS for case in states]
+    results.launch(4, cases)
+    for one in cases:
+        case = one.partition(":")[2]
+        if case in EVERY_GRADIENT:
+            assert_same_gradients(results.shared(one), results.alone(case), tolerance_of(one))
+        else:  # Muon's iteration is in float32
+            assert_same_states(results.shared(one), results.alone(case), 1e-6 if "muon" in case else 1e-9)
+
+
+@pytest.mark.slow
+def test_eight_ranks(results: Results) -> None:
+    """Three ways together."""
+    plans = ("dp_shard2-sp2-tp2", "pp2-dp_shard2-tp2", "pp2-sp2-tp2")
+    cases = [f"{sizes}:{case}" for sizes in plans for case in EVERY_GRADIENT]
+    results.launch(8, cases)
+    for one in cases:
+        assert_same_gradients(results.shared(one), results.alone(one.partition(":")[2]), tolerance_of(one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", COMPILED)
+def test_compiled_blocks_of_peers(results: Results, ranks: int) -> None:
+    """Compiled and checkpointed blocks have the gradients of those that are not."""
+    results.launch(ranks, COMPILED[ranks])
+    for one in COMPILED[ranks]:
+        theirs = results.alone(one.partition(":")[2].replace("compiled", "gradients"))
+        assert_same_gradients(results.shared(one), theirs, tolerance_of(one))
 
 
 # -- plans and refusals ----------------------------------------------------------------------------------------------
@@ -214,7 +254,6 @@ def test_sizes_that_fit_are_named() -> None:
 def test_what_cannot_be_shared_is_refused() -> None:
     assert "sdxl cannot be tensor parallel: its network is made of convolutions" in refusal("sdxl", "base-eps", 2)
     assert 'Set adapter.type = "lora"' in refusal("wan", "t2v-1.3b", 2, adapter={"type": "dora"})
-    assert refusal("wan", "t2v-1.3b", 2, training={"steps": 1, "compile": True}).startswith("training.compile: ")
     fp8 = {"network": {"dtype": "fp8"}}
     assert 'Set model.network.dtype = "bf16"' in refusal("wan", "t2v-1.3b", 2, adapter={}, model=fp8)
 

@@ -38,7 +38,6 @@ def test_the_silent_one_is_named_though_others_are_behind() -> None:
 def test_patience_covers_waiting_but_not_death() -> None:
     waiting = processes([7, 8], moved=0)
     waiting[0].patient = True
-    assert find_culprit(waiting, 10_000, 45) is None or waiting[0].lived_at < 10_000 - DEAD_AFTER
     for one in waiting:
         one.lived_at = 10_000
     assert find_culprit(waiting, 10_000, 45) is None

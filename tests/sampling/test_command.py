@@ -149,7 +149,7 @@ def make_run(config: Config) -> tuple[Any, Any]:
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
     write_description(config.run.dir, config, {})
     checkpointer = Checkpointer(config.run.dir / "checkpoints", 2, False, ALONE)
-    checkpointer.save(2, training_state({"network": network}, (), ema), {})
+    checkpointer.save(2, training_state({"network": network}, (), ema), {"config": config.model_dump(mode="json")})
     checkpointer.close()
     return network, ema
 

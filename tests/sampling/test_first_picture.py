@@ -113,6 +113,9 @@ def test_refused_before_anything_is_loaded(models: dict[str, str], tmp_path: Pat
     refused: list[tuple[dict[str, Any], str]] = [
         ({"images": [tmp_path / "a.png"]}, r"--first-model and --image both say"),
         ({"first": FirstPicture(steps=3)}, r"--first-steps belongs to --first-model"),
+        ({"first": FirstPicture(guidance=0.0)}, r"--first-guidance belongs to --first-model"),
+        ({"first": painter(models, steps=0)}, r"--first-steps 0: expected a whole number from 1 on"),
+        ({"first": painter(models, guidance=-1.0)}, r"--first-guidance -1.0: expected a number from 0 on"),
         ({"first": FirstPicture(model="nowhere")}, r"^--first-model nowhere: there is no such file"),
         ({"first": painter(models, variant="schnel")}, r"^--first-variant: flux has no variant 'schnel'"),
         ({"first": FirstPicture(model=models["video"])}, r"i2v-14b-480p makes videos from pictures"),

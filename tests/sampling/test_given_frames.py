@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,20 @@ def test_what_a_network_cannot_do(can: Abilities, asked: dict[str, Any], message
     with pytest.raises(UserError, match=message):
         check_asked(Steering(**asked), 17, 7.5, [1], can)
     check_asked(Steering(), 17, 7.5, [], can)
+
+
+@pytest.mark.parametrize("name", ["image_osci", "temporal_osci"])
+def test_guidance_towards_frames_needs_frames(name: str) -> None:
+    able = Abilities(True, True, False)
+    on, off = Steering(**{name: True}), Steering(**{name: False})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}: .* and there are none; leave it away or give"):
+        check_asked(on, 17, 7.5, [], able)
+    check_asked(on, 17, 7.5, [1], able)
+    check_asked(replace(on, extend=1), 17, 7.5, [], able)
+    check_asked(off, 17, 7.5, [], able)
+    with pytest.raises(UserError, match="--full-steps 3: nothing oscillates"):
+        check_asked(Steering(text_osci=False, full_steps=3), 17, 7.5, [], able)
+    check_asked(Steering(text_osci=False, full_steps=3), 17, 7.5, [1], able)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,26 @@ def test_all_mistakes_are_said_at_once_before_anything_is_loaded(from_image: Pat
             sample(**options, model=str(from_image))  # type: ignore[arg-type]
 
 
+def test_tiles_and_shifts_that_cannot_be_are_said_by_row(base: Path, tmp_path: Path) -> None:
+    """All of them, with their rows, each wrong value looked at once."""
+    rows = ["a,,100,,", "b,of,,,", "c,,64,,", "d,off,64,,", "e,,,8,", "f,,100,,", "g,,,,3"]
+    (tmp_path / "l.csv").write_text("text,tiling,tile_size,tile_frames,shift\n" + "\n".join(rows))
+    with pytest.raises(UserError) as caught:
+        sample(prompt_list=tmp_path / "l.csv", model=str(base), out=tmp_path / "out", **SMALL)
+    first, *lines = str(caught.value).splitlines()
+    assert "5 of 7 rows cannot be made" in first
+    starts = ["rows 0, 5: tile-size 100: tiles of this autoencoder", "row 1: tiling of: expected one of auto, on, off"]
+    starts += ["row 3: tiling off and --tile-size do not go together", "row 4: tile-frames 8: the autoencoder"]
+    assert len(lines) == len(starts) and all(map(str.startswith, lines, starts)), lines
+    with pytest.raises(UserError, match=r"^--tile-size 100: tiles of this autoencoder"):
+        sample(["a"], model=str(base), tile_size=100, out=tmp_path / "out", **SMALL)
+    sdxl = family_class("sdxl").tiny(tmp_path / "sdxl", "base-eps")
+    (tmp_path / "s.csv").write_text("text,shift\na,\nb,3\nc,2\n")
+    with pytest.raises(UserError, match=r"2 of 3 rows .*\nrows 1, 2: shift: EulerDiscreteScheduler has no time shift"):
+        sample(prompt_list=tmp_path / "s.csv", model=str(sdxl), out=tmp_path / "out", height=64, width=64)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_row_has_its_own_settings_and_the_command_those_of_the_others(base: Path, tmp_path: Path) -> None:
     rows = [
         {"text": "a ball", "name": "first", "steps": 2, "frames": 1, "seed": 5, "neg": "red", "motion": 3},

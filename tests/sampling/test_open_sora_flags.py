@@ -202,7 +202,7 @@ def test_the_page_and_the_expectations_are_of_the_same_options() -> None:
 def usual(place: Path) -> Callable[[str], Drawn]:
     """What the same command without the option draws: of the same size, steps and pictures."""
     known: dict[str, Drawn] = {}
-    of_pictures = ("--image-guidance", "--no-image-osci", "--no-temporal-osci")
+    of_pictures = ("--image-guidance", "--no-text-osci", "--no-image-osci", "--no-temporal-osci")
 
     def drawn(command: str) -> Drawn:
         image = " --image first.png" if any(option in command for option in of_pictures) else ""

@@ -11,8 +11,8 @@ import torch
 
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
-from kinema.families.registry import family_class, open_family
-from kinema.sampling.pipeline import SampleSettings, Texts, sample_many, shifted
+from kinema.families.registry import family_class, family_names, open_family
+from kinema.sampling.pipeline import SampleSettings, Texts, check_shift, sample_many, shifted
 from kinema.sampling.references import picture
 from kinema.sampling.weights import Weights, load_parts
 
@@ -165,3 +165,21 @@ def test_shifts_of_schedulers() -> None:
     assert euler.sigmas.tolist() == pytest.approx([1.0, 5 * 0.5 / (1 + 4 * 0.5), 0.0])
     with pytest.raises(UserError, match="DDIMScheduler has no time shift"):
         shifted(DDIMScheduler(), 5.0)
+
+
+@pytest.mark.parametrize("name", family_names())
+def test_whether_a_shift_is_possible_is_known_without_weights(name: str) -> None:
+    """For every variant what its scheduler, once loaded, says too."""
+    for variant in family_class(name).variants:
+        family = open_family(ModelConfig(family=name, variant=variant))
+        scheduler = family.load("scheduler", "cpu", None)
+        if any(key in scheduler.config for key in ("shift", "flow_shift")):
+            check_shift(family)
+            found = shifted(scheduler, 2.5).config
+            assert 2.5 in (found.get("shift"), found.get("flow_shift"))
+            continue
+        message = f"--shift: {type(scheduler).__name__} has no time shift"
+        with pytest.raises(UserError, match=message):
+            check_shift(family)
+        with pytest.raises(UserError, match=message):
+            shifted(scheduler, 2.5)

@@ -12,12 +12,16 @@ import torch
 from test_command import make_config, make_run
 from test_lists import noise
 
+from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.registry import family_class, open_family
 from kinema.parallel.mesh import World
+from kinema.sampling import planning, repeat
 from kinema.sampling.command import sample
 from kinema.sampling.pipeline import SampleSettings
 from kinema.sampling.planning import Drawing
+from kinema.sampling.repeat import Origin, plan_repeat
+from kinema.sampling.weights import Weights
 from kinema.sampling.writing import read_metadata
 from kinema.training.export import export_weights
 
@@ -67,9 +71,8 @@ def test_to_the_bit_from_the_file_alone(
 
 def test_alone_and_in_a_call_with_others_differ_in_the_last_digits(base: Path) -> None:
     """Why the call is stored: pixels of float differ, so bytes may."""
-    from kinema.config.schema import ModelConfig
     from kinema.sampling.pipeline import SampleSettings, sample_many
-    from kinema.sampling.weights import Weights, load_parts
+    from kinema.sampling.weights import load_parts
 
     family = open_family(ModelConfig(family="wan", path=str(base)))
     pipeline = family.pipeline(load_parts(Weights(family, "tiny"), "cpu", torch.float32))
@@ -194,6 +197,41 @@ def test_pictures_that_have_changed(tmp_path: Path) -> None:
     picture.unlink()
     with pytest.raises(UserError, match=r"a\.png cannot be read"):
         again(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "stored", "changed", "full_steps"),
+    [
+        (("sdxl", "base-eps"), {"text_osci": True}, {"text_osci": False}, None),
+        (("sdxl", "base-eps"), {"text_osci": True}, {"seed": 1}, 4),
+        (("open_sora", "v2"), {"image_osci": False}, {"text_osci": False}, None),
+        (("open_sora", "v2"), {"image_osci": False, "images": ["a.png"]}, {"text_osci": False}, None),
+        (("open_sora", "v2"), {"images": ["a.png"]}, {"text_osci": False}, 4),  # that of the frames still oscillates
+        (("open_sora", "v2"), {"extend": 1, "text_osci": False}, {"extend": 0}, None),
+        (("open_sora", "v2"), {"extend": 1, "image_osci": True, "overlap": 1}, {"extend": 0}, 4),
+        (("open_sora", "v2"), {"extend": 1, "text_osci": False}, {"seed": 1}, 4),
+        (("open_sora", "v2"), {"text_osci": False, "images": ["a.png"]}, {"image_osci": False}, None),
+    ],
+)
+def test_what_nothing_is_left_to_act_on_is_not_kept(
+    model: tuple[str, str],
+    stored: dict[str, Any],
+    changed: dict[str, Any],
+    full_steps: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Full steps of an oscillation that a variation turns off, as nobody can say "none" in their place."""
+    monkeypatch.setattr(repeat, "_check_contents", lambda _: None)
+    monkeypatch.setattr(planning, "_length", lambda *_: 1)
+    family = open_family(ModelConfig(family=model[0], variant=model[1]))
+    size = {"height": 64, "width": 64, "frames": 1 if model[0] == "sdxl" else 9, "fps": 24.0}
+    own = {"prompt": "a", "seed": 0, "steps": 20, "guidance": 5.0, "images": [], **size, "full_steps": 4, **stored}
+    (drawing,) = plan_repeat(Origin(Path("a.mp4"), own), Weights(family, "a"), (), (), changed, Path("o")).drawings
+    kept = drawing.settings
+    assert kept.full_steps == full_steps
+    assert {name: getattr(kept, name) for name in changed} == {
+        name: None if (name, value) == ("extend", 0) else value for name, value in changed.items()
+    }
 
 
 def test_no_secret_of_an_address_reaches_a_file() -> None:

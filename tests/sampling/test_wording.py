@@ -16,6 +16,7 @@ from chat_server import ChatServer, Step, serve
 from kinema.errors import UserError
 from kinema.families.registry import family_class
 from kinema.sampling.command import sample
+from kinema.sampling.first_picture import FirstPicture
 from kinema.sampling.writing import read_metadata
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "frames": 5, "steps": 1}
@@ -56,6 +57,29 @@ def test_rows_of_a_list_are_scored_one_by_one(base: Path, tmp_path: Path) -> Non
         )  # fmt: skip
         assert len(chat.asked) == 1, "the third row is not drawn, so nobody is asked about it"
     assert [read_metadata(path)["prompt"] for path in paths] == ["a cat 9 motion score.", "a dog 3 motion score."]
+
+
+def test_all_else_is_checked_before_anyone_is_asked(base: Path, tmp_path: Path) -> None:
+    """A whole list would be paid for, and then refused."""
+    (tmp_path / "l.csv").write_text("text,height,motion\na cat,32,dynamic\na dog,100,dynamic\n,32,3\n")
+    drawer = family_class("sdxl").tiny(tmp_path / "sdxl", "base-eps")
+    from_image = family_class("wan").tiny(tmp_path / "i2v", "i2v-14b-480p")
+    with serve(ChatServer()) as chat:
+        how: dict[str, Any] = {"model": str(base), "prompt_url": chat.url, "out": tmp_path / "out", **SMALL}
+        for message, options in (
+            (r"--height 100: wan makes", {**how, "height": 100}),
+            (r"--device warp", {**how, "device": "warp"}),
+            (r"--tile-size 9", {**how, "tile_size": 9}),
+            (r"first picture has the video's size", {**how, "model": str(from_image), "height": 48, "first": drawer}),
+        ):
+            if "first" in options:
+                options["first"] = FirstPicture(model=str(options["first"]), variant="base-eps")
+            with pytest.raises(UserError, match=message):
+                sample(["a cat"], refine_prompt=True, motion="dynamic", **options)
+        for rows, message in ((None, r"row 1: height 100(.|\n)*row 2: text"), ("1", r"row 1: height 100")):
+            with pytest.raises(UserError, match=message):
+                sample(prompt_list=tmp_path / "l.csv", rows=rows, **{**how, "height": None})
+        assert not chat.requests and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_is_refused_before_anyone_is_asked(base: Path, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from kinema.training.preflight import resolve
 from kinema.training.resume import ResumeOptions
 from kinema.training.train import Run, train
 
-pytestmark = pytest.mark.xdist_group("auto batch")
 MIB = 2**20
 
 

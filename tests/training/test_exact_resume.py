@@ -11,8 +11,6 @@ from runs import final_state, finish, make_world, metrics, start_training, write
 
 STEPS = 24
 
-pytestmark = pytest.mark.xdist_group("exact resume")  # one worker makes the unbroken run
-
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):

@@ -233,10 +233,23 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path, base, monkeyp
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_write_shards", refuse)
+    monkeypatch.setattr(export.Writer, "write", refuse)
     with pytest.raises(UserError, match=r"cannot write the export .*step-00000002: No space left on device"):
         write(config, network, 2)
     assert [entry.name for entry in (config.run.dir / "exports").iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_is_too_full_is_told_before_a_byte_is_written(tmp_path, base, monkeypatch):
+    from kinema.runs import checkpoint_files
+
+    config = make_config(base, tmp_path)
+    network = trained(config)
+    need = 4 * 2 * sum(parameter.numel() for parameter in network.parameters())  # fp32, two layouts
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda _: need - 1)
+    monkeypatch.setattr(export, "Writer", None)
+    with pytest.raises(UserError, match=r"step-00000001: it takes .* and .* are free\. Free some space"):
+        write(config, network, 1)
+    assert list((config.run.dir / "exports").iterdir()) == []
 
 
 def sharded_export(rank, port, base, root):

@@ -14,7 +14,14 @@ import pytest
 import torch
 from runs import final_state, finish, make_world, metrics, start_training, write_config
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("parallel")]
+pytestmark = [pytest.mark.timeout(2400)]
+ENDS_WITHIN = 600
+"""Seconds after which a run that should have ended is called hung, however busy the machine is."""
+
+
+def on_time(seconds: float) -> float:
+    """What a limit in seconds is on a machine that has more to do than it can."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def workers(launcher: subprocess.Popen[str]) -> dict[int, int]:
@@ -70,25 +77,26 @@ def torchrun(config: Path, *flags: str, ranks: int = 2, script: Path | None = No
     )
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+def wait_for_step(launcher: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + ENDS_WITHIN
+    while time.monotonic() < deadline and launcher.poll() is None:
         path = run / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= step:
             return
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached")
+    launcher.terminate()
+    raise AssertionError(f"step {step} was not reached: {launcher.communicate()[0][-3000:]}")
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_is_named(tmp_path: Path) -> None:
     make_world(tmp_path)
     launcher = torchrun(write_config(tmp_path, steps=4000))
-    wait_for_step(tmp_path / "run", 4)
+    wait_for_step(launcher, tmp_path / "run", 4)
     killed = time.monotonic()
     os.kill(workers(launcher)[1], signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=90)
-    assert time.monotonic() - killed < 60
+    output, _ = launcher.communicate(timeout=ENDS_WITHIN)
+    assert time.monotonic() - killed < on_time(60)
     assert launcher.returncode != 0
     assert re.search(r"process 1 \(.*\) has been silent", output), output[-3000:]
 
@@ -98,12 +106,12 @@ def test_a_stopped_process_ends_all_and_is_named(tmp_path: Path) -> None:
     """It does not die: nobody but the watch notices."""
     make_world(tmp_path)
     launcher = torchrun(write_config(tmp_path, steps=4000))
-    wait_for_step(tmp_path / "run", 4)
+    wait_for_step(launcher, tmp_path / "run", 4)
     stopped = time.monotonic()
     victim = workers(launcher)[1]
     os.kill(victim, signal.SIGSTOP)
-    output, _ = launcher.communicate(timeout=90)
-    assert time.monotonic() - stopped < 60
+    output, _ = launcher.communicate(timeout=ENDS_WITHIN)
+    assert time.monotonic() - stopped < on_time(60)
     assert launcher.returncode != 0 and f"process 1 ({os.uname().nodename}, pid {victim})" in output, output[-3000:]
 
 
@@ -113,10 +121,10 @@ def test_a_process_that_hangs_says_where(tmp_path: Path) -> None:
     make_world(tmp_path)
     (tmp_path / "hang.py").write_text(HANG)
     launcher = torchrun(write_config(tmp_path, steps=4000), script=tmp_path / "hang.py")
-    wait_for_step(tmp_path / "run", 5)
+    wait_for_step(launcher, tmp_path / "run", 5)
     hung = time.monotonic()
-    output, _ = launcher.communicate(timeout=90)
-    assert time.monotonic() - hung < 75  # of which 45 are patience
+    output, _ = launcher.communicate(timeout=ENDS_WITHIN)
+    assert time.monotonic() - hung < on_time(75)  # of which 45 are patience
     assert launcher.returncode != 0
     assert "process 1 stands here" in output and "hang.py" in output and "while_it_hangs" in output, output[-3000:]
     assert "hangs in 'step 6: forward 1 of 1'" in output
@@ -130,9 +138,9 @@ def test_restarted_by_torchrun_it_ends_with_the_right_result(tmp_path: Path) -> 
     whole, losses = final_state(tmp_path / "run"), metrics(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "unbroken")
     launcher = torchrun(config, "--max-restarts", "1")
-    wait_for_step(tmp_path / "run", 8)
+    wait_for_step(launcher, tmp_path / "run", 8)
     os.kill(workers(launcher)[1], signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=200)
+    output, _ = launcher.communicate(timeout=ENDS_WITHIN)
     assert launcher.returncode == 0, output[-3000:]
     again = metrics(tmp_path / "run")
     assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in losses]
@@ -154,10 +162,10 @@ def test_from_four_processes_to_two_to_one(tmp_path: Path) -> None:
         launcher = torchrun(config, ranks=ranks) if ranks > 1 else start_training(config)
         if ranks > 1:
             reached += 5
-            wait_for_step(tmp_path / "run", reached)
+            wait_for_step(launcher, tmp_path / "run", reached)
             for pid in workers(launcher).values():
                 os.kill(pid, signal.SIGKILL)
-            launcher.communicate(timeout=90)
+            launcher.communicate(timeout=ENDS_WITHIN)
             assert launcher.returncode != 0
         else:
             finish(launcher)

@@ -10,53 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_runs import BASE, configured, network_of, tensors_of
 
 from kinema.config.schema import Config, ModelConfig
 from kinema.errors import ConfigError, UserError
-from kinema.families.open_sora import OpenSora
 from kinema.families.registry import open_family
-from kinema.networks.open_sora import OpenSoraTransformer, pack, positions
+from kinema.networks.open_sora import pack, positions
 from kinema.runs.checkpoint_list import list_checkpoints
-from kinema.runs.checkpoint_load import contents, load
 from kinema.runs.exports import list_exports
-from kinema.shapes.world import training_clips, write_clips
 from kinema.training.train import train
-
-BASE: dict[str, Any] = {
-    "model": {"family": "open_sora", "text_length": 16},
-    "data": {"buckets": {"sizes": [[32, 32]], "frames": [9], "fps": 16}},
-    "training": {"steps": 2, "batch_size": 2, "precision": "fp32", "ema": {"decay": 0.5}},
-    "optimizer": {"lr": 1e-3},
-    "export": {"dtype": "fp32"},
-    "monitoring": {"tensorboard": False},
-}
-
-
-def configured(root: Path, name: str, **tables: dict[str, Any]) -> Config:
-    place = {
-        "run": {"dir": str(root / name), "threads": 1},
-        "model": {"path": str(root / "model")},
-        "data": {"sources": [{"path": str(root / "clips")}], "cache": str(root / "cache")},
-    }
-    names = {*BASE, *place, *tables}
-    return Config.model_validate(
-        {one: {**BASE.get(one, {}), **place.get(one, {}), **tables.get(one, {})} for one in names}
-    )
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with clips, a tiny model, and the run of a first stage, which is told no frames."""
-    root = tmp_path_factory.mktemp("stages")
-    write_clips(root / "clips", list(training_clips(3)), frames=9, size=32)
-    OpenSora.tiny(root / "model", "v2", seed=5)
-    train(configured(root, "first", model={"cond_embed": False}, checkpoint={"every_steps": 1}))
-    return root
-
-
-def network_of(root: Path, **model: Any) -> OpenSoraTransformer:
-    settings = {"family": "open_sora", "path": str(root / "model"), **model}
-    return open_family(ModelConfig.model_validate(settings)).load("network", "cpu", None)
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -126,12 +88,6 @@ def test_the_next_stage_learns_from_given_frames_and_resumes_to_the_bit(first: P
     resumed = tensors_of(list_checkpoints(directory / "checkpoints")[-1].path)
     assert middle.step == 2 and resumed.keys() == unbroken.keys()
     assert [name for name in resumed if not torch.equal(resumed[name], unbroken[name])] == []
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in contents(checkpoint).items()}
-    load(checkpoint, tensors)
-    return tensors
 
 
 def test_a_run_without_an_export_gives_its_averaged_weights(first: Path, tmp_path: Path) -> None:

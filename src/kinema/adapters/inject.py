@@ -115,7 +115,9 @@ def _initialise(network: nn.Module, seed: int, dtype: torch.dtype) -> None:
 
 def _norms(layer: Any, dtype: torch.dtype) -> Tensor:
     """As peft's forward computes them where the update is zero, in the adapter's type, so that their ratio is 1."""
-    weight = layer.get_base_layer().weight.detach().to(dtype)
+    from kinema.networks.mapped import value
+
+    weight = value(layer.get_base_layer(), "weight").to(dtype)
     return layer.lora_magnitude_vector[SLOT].get_weight_norm(weight, weight.new_zeros(()), 1.0)
 
 

@@ -54,37 +54,59 @@ def _remove(path: Path) -> None:
 class Writer:
     """Safetensors files of known contents, written in any order.
 
-    ``entries``: name -> an empty tensor of its shape and type. ``path`` is one file, or with ``shard_bytes`` a
-    directory of files of at most that size, with the index that diffusers reads where there are several.
+    ``entries``: name -> a tensor of its shape and type. ``path`` is one file, or with ``shard_bytes`` a directory of
+    files of at most that size, called ``stem``, with the index that diffusers reads where there are several.
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str], shard_bytes: int | None = None
+        self,
+        path: Path,
+        entries: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        shard_bytes: int | None = None,
+        stem: str = STEM,
     ) -> None:
         self.places: dict[str, tuple[BinaryIO, int, int]] = {}
         self._stack = ExitStack()
-        if shard_bytes is None:
-            self._open(path, entries, metadata)
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        shards = _shards(entries, shard_bytes)
-        digits = f"-of-{len(shards):05d}"
-        files = [f"{STEM}{f'-{i + 1:05d}{digits}' if len(shards) > 1 else ''}.safetensors" for i in range(len(shards))]
-        for file, names in zip(files, shards, strict=True):
+        try:
+            if shard_bytes is None:
+                self._open(path, entries, metadata)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                self._open_shards(path, entries, metadata, shard_bytes, stem)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _open_shards(
+        self, path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str], shard_bytes: int, stem: str
+    ) -> None:
+        import torch
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        split = split_torch_state_dict_into_shards(
+            # Tensors of their own: those that lie in one storage would be counted as one.
+            {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in entries.items()},
+            filename_pattern=f"{stem}{{suffix}}.safetensors",
+            max_shard_size=shard_bytes,
+        )
+        for file, names in split.filename_to_tensors.items():
             self._open(path / file, {name: entries[name] for name in names}, metadata)
-        if len(shards) > 1:
-            where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            index = {"metadata": {"total_size": sum(_bytes(one) for one in entries.values())}, "weight_map": where}
-            (path / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (path / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _open(self, path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
         at = 0
-        for name, value in entries.items():
-            size = _bytes(value)
+        # Long types first, so that every tensor begins at a multiple of its element's size.
+        order = sorted(entries, key=lambda name: (-entries[name].element_size(), name))
+        for name in order:
+            size = _bytes(entries[name])
             header[name] = {
-                "dtype": _type_name(value.dtype),
-                "shape": list(value.shape),
+                "dtype": _type_name(entries[name].dtype),
+                "shape": list(entries[name].shape),
                 "data_offsets": [at, at + size],
             }
             at += size
@@ -92,12 +114,11 @@ class Writer:
         text += b" " * (-len(text) % 8)
         file = self._stack.enter_context(path.open("wb"))
         file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
-        file.truncate(start + at)
-        offset = start
-        for name, value in entries.items():
-            self.places[name] = (file, offset, _bytes(value))
-            offset += _bytes(value)
+        offset = file.tell()
+        file.truncate(offset + at)
+        for name in order:
+            self.places[name] = (file, offset, _bytes(entries[name]))
+            offset += _bytes(entries[name])
 
     def write(self, name: str, value: Tensor) -> None:
         """Write one tensor, once."""
@@ -114,6 +135,10 @@ class Writer:
         assert not self.places, f"{len(self.places)} tensors were not written, for instance {min(self.places)}"
         self._stack.close()
 
+    def abandon(self) -> None:
+        """End with what there is; nothing after ``close``."""
+        self._stack.close()
+
     def __enter__(self) -> Writer:
         return self
 
@@ -121,20 +146,7 @@ class Writer:
         if kind is None:
             self.close()
         else:
-            self._stack.close()
-
-
-def _shards(entries: Mapping[str, Tensor], limit: int) -> list[list[str]]:
-    """Names in their order, in runs of at most ``limit`` bytes where that is more than one tensor."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, value in entries.items():
-        if shards[-1] and size + _bytes(value) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _bytes(value)
-    return shards
+            self.abandon()
 
 
 def _bytes(value: Tensor) -> int:

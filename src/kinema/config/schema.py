@@ -6,6 +6,7 @@ reference page of the documentation are made from this file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -275,13 +276,33 @@ class PreviewConfig(Every):
     """Seed of the first preview; the others count up."""
 
 
+SequenceAttention = Literal["ulysses", "ring"]
+
+
+MEMORY = r"^\d+(\.\d+)? ?[kKMGT]i?B$"
+"""An amount of memory, as people write it: 24GB."""
+
+
 class ParallelConfig(Section):
+    auto: bool = False
+    """Choose the plan when the run starts, by the forecast of `kinema plan`: the fastest that fits these devices. Sizes
+    and `training.activation_checkpointing` that are given stay as they are."""
+    device_memory: str | None = Field(default=None, pattern=MEMORY, examples=["24GB"])
+    """The memory of each device that an `auto` plan may take; default: what is free when the run starts."""
     dp_replicate: Count | Literal["auto"] = "auto"
     """Copies of the network that share the batch."""
     dp_shard: int = Field(default=1, gt=0)
     """Devices over which each copy's parameters, gradients and optimiser state are sharded (FSDP2)."""
+    zero: int = Field(default=3, ge=1, le=3)
+    """What `dp_shard` keeps in shards within a step (ZeRO level): parameters and gradients (3), gradients (2), or
+    neither (1); the optimiser's state always is."""
+    cpu_offload: bool = False
+    """Keep shards of parameters, gradients and optimiser state in the host's memory; the optimiser runs there."""
     sp: int = Field(default=1, gt=0)
-    """Devices that share the sequence of each sample (Ulysses): activations per device shrink by as much."""
+    """Devices that share the sequence of each sample: activations per device shrink by as much."""
+    attention: SequenceAttention = "ulysses"
+    """How devices that share a sequence attend to all of it: tokens for heads and back (`ulysses`), or keys and values
+    that go round while tokens stay (`ring`)."""
     tp: int = Field(default=1, gt=0)
     """Devices that share each matrix of the blocks (tensor parallel)."""
     pp: int = Field(default=1, gt=0)
@@ -306,11 +327,28 @@ class ParallelConfig(Section):
             raise refuse("stages_per_rank", f'{self.stages_per_rank} with schedule = "{self.schedule}": {given}')
         if self.partition not in ("parameters", "uniform") and not self.partition.startswith("regex:"):
             raise refuse("partition", f'"{self.partition}" is none of "parameters", "uniform", "regex:..."')
+        if self.partition.startswith("regex:"):
+            pattern = self.partition.removeprefix("regex:")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise refuse("partition", f"'{pattern}' is no regular expression: {error}") from None
         return refuse_unread(self)
 
     def unread(self) -> dict[str, str]:
+        if self.auto:  # which of them will be read is not known yet
+            return {}
         pipeline = ("schedule", "stages_per_rank", "partition", "split") if self.pp == 1 else ()
         unread = dict.fromkeys(pipeline, "pp = 1 is no pipeline")
+        unread["device_memory"] = "auto = false searches for no plan"
+        if self.sp == 1:
+            unread["attention"] = "sp = 1 shares no sequence"
+        if self.dp_shard == 1:
+            unread["zero"] = "dp_shard = 1 shards nothing"
+            unread["cpu_offload"] = (
+                "it moves the shards of dp_shard, which is 1. For one device, training.activation_checkpointing, "
+                'an [adapter] and model.network.dtype = "bf16" or "fp8" save memory'
+            )
         return unread | ({"partition": "split stands in its place"} if self.split and self.pp > 1 else {})
 
 

@@ -214,7 +214,11 @@ def remember(record: Record, looked: Looked, facts: FactStore, settings: Setting
     version = _version(record, trust=True) if trust else looked.version
     assert version is not None
     facts[_fact(record, version, settings)] = looked_to_text(looked)
-    probed, text = f"{PROBED}\0{memo_key(record.path)}", info_to_text(looked.info)
+    *_, online = settings
+    if trust and online:  # decoding will not ask: see `Dataset._decode`
+        return
+    path = "\0".join(looked.version.split("\0")[:3])  # `memo_key` of the first file: looked up once, it may go
+    probed, text = f"{PROBED}\0{path}", info_to_text(looked.info)
     if facts.get(probed) != text:  # decoding asks for it again (`kinema.data.reading`), and need not look
         facts[probed] = text
 

@@ -55,6 +55,7 @@ class FactStore(MutableMapping[str, str]):
         self._own = -1
         self._descriptor = -1
         self._readers: OrderedDict[int, int] = OrderedDict()
+        self._unread: set[int] = set()  # files that could not be read just now
         self.refresh()
 
     def refresh(self) -> None:
@@ -66,8 +67,9 @@ class FactStore(MutableMapping[str, str]):
             try:
                 with path.open("rb") as file:
                     self._ends[number] = self._index(number, file, self._ends[number])
-            except FileNotFoundError:
-                continue
+                self._unread.discard(number)
+            except OSError:  # gone, or storage that does not answer: its facts are found anew
+                self._unread.add(number)
 
     def _number(self, name: str) -> int:
         if name not in self._numbers:
@@ -133,7 +135,7 @@ class FactStore(MutableMapping[str, str]):
         return len(self._places) + sum(_hashed(_encoded(key)) not in self._places for key in self._unwritten)
 
     def _read(self, place: int) -> tuple[str, str] | None:
-        """The (key, value) there; None where the file is gone or damaged."""
+        """The (key, value) there; None where the file is gone, damaged, or cannot be read now."""
         number, offset = place >> OFFSET_BITS, place & (1 << OFFSET_BITS) - 1
         with self._lock:
             try:
@@ -145,6 +147,7 @@ class FactStore(MutableMapping[str, str]):
                         return None
                     size *= 4
             except OSError:
+                self._unread.add(number)
                 return None
         try:
             key, value = json.loads(line[: line.index(b"\n")])
@@ -165,7 +168,8 @@ class FactStore(MutableMapping[str, str]):
         """Put all facts into one file, without those of other versions; how many files fewer there are.
 
         Each process that found something left a file, which every start reads. What another process adds to one
-        meanwhile is lost, as facts may be; where the disk is full all stays as it is.
+        meanwhile is lost, as facts may be; where the disk is full all stays as it is, and so does a file that cannot be
+        read now.
         """
         self.close()
         self.refresh()
@@ -185,11 +189,12 @@ class FactStore(MutableMapping[str, str]):
                 raise
             return 0
         unfinished.replace(new)
-        for path in old:
+        read = [path for path in old if self._numbers[path.name] not in self._unread]
+        for path in read:
             path.unlink(missing_ok=True)
         self.close()
         self._begin()
-        return len(old) - 1
+        return max(0, len(read) - 1)
 
     def _finish(self) -> None:
         if self._descriptor >= 0:

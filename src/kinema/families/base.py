@@ -233,6 +233,10 @@ class Family(ABC):
         """A part's model on the meta device, for its names and shapes: no weights are looked for. UserError where its
         configuration neither ships with kinema nor lies at the model's path."""
 
+    def known_config(self, part: str) -> Mapping[str, Any]:
+        """A part's configuration as far as it is known without fetching anything; empty where it is not."""
+        return {}
+
     def is_here(self, part: str) -> bool:
         """Whether the weights of a part lie on this machine, where the configuration says; nothing is fetched."""
         return False
@@ -338,6 +342,11 @@ class Family(ABC):
             arguments["max_sequence_length"] = text_length
         return arguments
 
+    @property
+    def has_image_guidance(self) -> bool:
+        """Whether the pipeline has a scale of its own for the pictures that a sample is made from."""
+        return self.variant.sampling.image_guidance is not None
+
     low_guidance: ClassVar[float | None] = None
     """The scale of the pipeline in the low steps of an oscillation; None where it reads its scale once, before the
     first step."""
@@ -346,6 +355,10 @@ class Family(ABC):
         """UserError for what a sample of ``frames`` cannot be told, before anything is loaded. ``references``: how many
         frames each of them has, 1 of a picture."""
         check_usual(self, asked, guidance)
+
+    def oscillates(self, asked: Steering, guidance: float, references: int) -> bool:
+        """Whether a scale of such a sample oscillates, so that `Steering.full_steps` says something."""
+        return bool(asked.text_osci)
 
     def reference_cuts(self, condition: str | None, references: int) -> tuple[Cut, ...]:
         """What is read of the references of a sample, for ``sampling_arguments`` in this order."""

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kinema.families.loading import Found
 
 
+PROBES, PROBE = 64, 4096
+"""How many places of a checkpoint's file are read to know it again, and how many bytes at each."""
+
+
 def part_identity(found: Found | None, config: Mapping[str, Any]) -> str:
     """Identity of a part: its configuration, and the commit of the hub's files or the content of local ones.
 
@@ -23,12 +27,30 @@ def part_identity(found: Found | None, config: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     if found is not None and found.hub:
         digest.update(f"{found.hub}/{found.place.name}".encode())
+    elif found is not None and found.in_checkpoint:
+        digest.update(f"{found.in_checkpoint} {checkpoint_identity(found.place)}".encode())
     elif found is not None:
         from kinema.data.media import content_hash
 
         memo = DiskMemo()
         for file in found.files:
             digest.update(content_hash(file, memo).encode())
+    return digest.hexdigest()
+
+
+def checkpoint_identity(checkpoint: Path) -> str:
+    """Of a training's checkpoint, which may have hundreds of gigabytes: the sizes of its files and bytes from all over
+    them. Another training, or another step, differs in nearly every byte."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(checkpoint)} {size}".encode())
+        with file.open("rb") as stream:
+            for i in range(PROBES):
+                stream.seek(max(0, size - PROBE) * i // (PROBES - 1))
+                digest.update(stream.read(PROBE))
+                if size <= PROBE:
+                    break
     return digest.hexdigest()
 
 

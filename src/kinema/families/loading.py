@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.model import PartConfig
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
-from kinema.families.from_runs import checkpoint_files, is_trained, read_checkpoint, trained_part
+from kinema.families.from_runs import checkpoint_files, gone, is_trained, read_checkpoint, trained_part
 from kinema.families.tensors import (
     SUFFIXES,
     is_inside,
@@ -77,6 +78,8 @@ class Found:
     """``owner/name@commit`` when it came from the hub."""
     model: ModelConfig | None = None
     """The configuration of the run that trained it, where it is from one: it says what the files themselves do not."""
+    described: Mapping[str, Any] | None = None
+    """Its configuration, where a checkpoint says it."""
     in_checkpoint: str | None = None
     """The part's name in the checkpoint of a run that the place is."""
 
@@ -135,11 +138,13 @@ def find(config: ModelConfig, part: str, spec: PartSpec, *, weights: bool = True
 
 def _of_run(root: Path, config: ModelConfig, part: str, spec: PartSpec, key: str) -> Found:
     """The part that a run or an export trained."""
-    place, model = trained_part(root, part, config.family, key)
+    trained = trained_part(root, part, config, key)
+    place, model = trained.place, trained.model
+    if trained.is_checkpoint:
+        files = checkpoint_files(place)
+        return Found(key, place, files, model=model, described=trained.config, in_checkpoint=part)
     if place.is_file():
         return Found(key, place, (place,), model=model)
-    if (place / "meta.json").is_file():
-        return Found(key, place, checkpoint_files(place), model=model, in_checkpoint=part)
     found = _in_folder(place, spec, key, None, True)
     assert found is not None, f"an export is complete: {place}"
     return replace(found, model=model)
@@ -186,7 +191,8 @@ def _open(
     if local.exists():
         return local, None
     if not is_hub_id(path):
-        raise UserError(f"{key}: there is no file or directory {path}. Give a path that exists, or a hub id.")
+        why = gone(local) or f"there is no file or directory {path}. Give a path that exists, or a hub id."
+        raise UserError(f"{key}: {why}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -287,18 +293,22 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
     """The model of a part with the weights of its files, in eval mode and without gradients.
 
     ``dtype`` None keeps the types of the files; parameters that the class wants in float32 stay so. Weights are
-    copied one by one out of mapped files: memory peaks at the size of the result. UserError lists tensors that
-    are missing, left over or of another shape.
+    copied one by one out of mapped files: memory peaks at the size of the result. Inside
+    `networks.mapped.leaving_weights_mapped` a module on the CPU has placeholders, and weights wait in their files.
+    UserError lists tensors that are missing, left over or of another shape.
     """
     import torch
 
+    from kinema.networks.mapped import may_wait, placeholder, wait
+
     assert source.found is not None
     module = build(source.spec, source.config, empty=True)
-    if source.found.in_checkpoint:
-        in_files = read_checkpoint(source.found.place, source.found.in_checkpoint)
-    else:
-        in_files = read_tensors(source.found.files, source.spec.inside)
+    waits = may_wait() and torch.device(device).type == "cpu"
+    in_files, makers = _stored(source.found, source.spec, device, waits)
     tensors = source.spec.to_ours(undo_fp8_scaling(in_files, dtype or torch.bfloat16))
+    if waits and any(value.is_meta and id(value) not in makers for value in tensors.values()):
+        in_files, makers = _stored(source.found, source.spec, device, waits=False)  # they are converted: read them
+        tensors = source.spec.to_ours(in_files)
     tied = _tied(module)
     wanted = {key: value for key, value in module.state_dict().items() if key not in tied}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -309,13 +319,37 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
     }
     _check(wanted, state, source, source.found, looks_like(in_files))
     exact = kept_in_float32(module, dtype)
+    waiting: dict[str, Callable[[], Tensor]] = {}
     for key, value in state.items():
         kept = dtype is not None and bool(exact & set(key.split(".")))
-        state[key] = value.to(device=device, dtype=torch.float32 if kept else dtype, copy=True)
+        kind = torch.float32 if kept else dtype or value.dtype
+        copied = partial(_copied, makers.get(id(value), value), device, kind)
+        if waits:
+            waiting[key] = copied
+        state[key] = placeholder(value.shape, kind) if waits else copied()
     module.load_state_dict(state, strict=False, assign=True)
     if tied:
         module.tie_weights()  # type: ignore[operator]
+    wait(module, waiting)
     return module.to(device).eval().requires_grad_(False)
+
+
+def _stored(
+    found: Found, spec: PartSpec, device: str | torch.device, waits: bool
+) -> tuple[dict[str, Tensor], Mapping[int, Callable[[], Tensor]]]:
+    """The tensors of a part as its files have them, and what makes those that are not read yet, by ``id``."""
+    if not found.in_checkpoint:
+        return read_tensors(found.files, spec.inside), {}
+    if not waits:
+        return read_checkpoint(found.place, found.in_checkpoint, device), {}
+    from kinema.runs.trained import leave_trained
+
+    return leave_trained(found.place, found.in_checkpoint)
+
+
+def _copied(value: Tensor | Callable[[], Tensor], device: str | torch.device, dtype: torch.dtype) -> Tensor:
+    """A stored tensor in memory of its own."""
+    return value().to(device, dtype) if callable(value) else value.to(device, dtype, copy=True)
 
 
 def _tied(module: nn.Module) -> set[str]:

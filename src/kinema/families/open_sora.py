@@ -24,7 +24,7 @@ from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import FrameShift, NoisePath, Parts, Prepared
 from kinema.families.latents import LATENTS, encode_pixels, pixels_of
-from kinema.families.loading import Found, PartSpec, find, is_hub_id, read_json
+from kinema.families.loading import CONFIGS, Found, PartSpec, find, is_hub_id
 from kinema.families.open_sora_conditions import (
     NOTHING,
     SHIPPED,
@@ -36,8 +36,8 @@ from kinema.families.open_sora_conditions import (
     latents_of,
     possible,
 )
-from kinema.families.open_sora_parts import DC_AE, NETWORK, PARTS, VARIANTS, told_of_frames
-from kinema.families.open_sora_request import Abilities, check_asked, cuts_of, overlap_of
+from kinema.families.open_sora_parts import DC_AE, NETWORK, PARTS, VARIANTS, autoencoder_class, told_of_frames
+from kinema.families.open_sora_request import Abilities, check_asked, cuts_of, oscillates, overlap_of
 from kinema.families.standard import StandardFamily
 from kinema.families.steering import Cut, Steering
 from kinema.families.tensors import looks_like, tensor_shapes
@@ -83,15 +83,31 @@ class OpenSora(StandardFamily):
             return told_of_frames(own, self.config.cond_embed, lambda: self.variant.patch[1])
         return own
 
-    @cached_property
+    @property
     def _autoencoder_class(self) -> str:
         """What the model's files call their autoencoder. A network that is trained from nothing may stand on either of
-        the causal ones that are 4 x 8 x 8: HunyuanVideo's, as the published one, or Wan's."""
+        the causal ones that are 4 x 8 x 8: HunyuanVideo's, as the published one, or Wan's. Of a hub's it is known when
+        its files are fetched."""
         if is_hub_id(self.config.autoencoder.path or self.config.path):
-            return ""
-        found = find(self.config, "autoencoder", super().spec("autoencoder"), weights=False)
-        described = read_json(found.config) if found is not None and found.config is not None else {}
-        return described.get("_class_name", "")
+            return self._fetched_class
+        return self._local_class
+
+    _fetched_class = ""
+
+    @cached_property
+    def _local_class(self) -> str:
+        return autoencoder_class(find(self.config, "autoencoder", super().spec("autoencoder"), weights=False))
+
+    def _find(self, part: str, *, weights: bool = True) -> Found | None:
+        found = super()._find(part, weights=weights)
+        if part == "autoencoder" and found is not None and found.hub is not None:
+            self._fetched_class = autoencoder_class(found)
+        return found
+
+    def _shipped(self, variant: str, spec: PartSpec) -> Path | None:
+        if spec is WAN["autoencoder"]:
+            return CONFIGS / "common" / spec.shipped / spec.config_file
+        return super()._shipped(variant, spec)
 
     def configured(self, part: str, described: Mapping[str, Any]) -> Mapping[str, Any]:
         if part == "network" and self.config.cond_embed is not None:
@@ -132,6 +148,11 @@ class OpenSora(StandardFamily):
     def is_told_frames(self) -> bool:
         """Whether the network has channels for given frames."""
         return bool(self.known_config("network").get("cond_embed", True))
+
+    @cached_property
+    def is_distilled(self) -> bool:
+        """Whether the network is told its guidance scale, in one pass a step."""
+        return bool(self.known_config("network").get("guidance_embed"))
 
     @property
     def references(self) -> tuple[End, ...]:
@@ -270,7 +291,7 @@ class OpenSora(StandardFamily):
     def validate(self, config: Config) -> None:
         super().validate(config)
         check_weights(config.model.conditions, self.is_told_frames, self.causal)
-        if config.model.guidance is not None and not self.known_config("network").get("guidance_embed"):
+        if config.model.guidance is not None and not self.is_distilled:
             raise ConfigError(
                 "model.guidance: this network has no guidance embedding that would read it. Leave it out."
             )
@@ -287,9 +308,19 @@ class OpenSora(StandardFamily):
         told = {"references": list(pictures)} if pictures else {}
         return {"guidance_scale": guidance, "max_sequence_length": text_length or TEXT_LENGTH, **told}
 
+    @property
+    def has_image_guidance(self) -> bool:
+        return self.is_told_frames and not self.is_distilled
+
+    @cached_property
+    def _abilities(self) -> Abilities:
+        return Abilities(self.causal, self.is_told_frames, self.is_distilled)
+
     def check_steering(self, asked: Steering, frames: int, guidance: float, references: Sequence[int]) -> None:
-        distilled = bool(self.known_config("network").get("guidance_embed"))
-        check_asked(asked, frames, guidance, references, Abilities(self.causal, self.is_told_frames, distilled))
+        check_asked(asked, frames, guidance, references, self._abilities)
+
+    def oscillates(self, asked: Steering, guidance: float, references: int) -> bool:
+        return oscillates(asked, guidance, references, self._abilities)
 
     def reference_cuts(self, condition: str | None, references: int) -> tuple[Cut, ...]:
         return cuts_of(condition, references, self.causal)

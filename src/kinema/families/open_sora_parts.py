@@ -10,8 +10,9 @@ from kinema.data.lengths import ClipLengths
 from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.hunyuan_video_parts import PARTS as HUNYUAN
 from kinema.families.layout import Layout
-from kinema.families.loading import PartSpec
+from kinema.families.loading import Found, PartSpec, read_json
 from kinema.families.parts import CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, T5_XXL, tokenizer
+from kinema.families.tensors import SUFFIXES, tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,20 @@ VARIANTS = {
         ),
     )
 }
+
+
+def autoencoder_class(found: Found | None) -> str:
+    """The class of an autoencoder, by its configuration, or by the names in a single file without one; empty where
+    neither tells."""
+    if found is None:
+        return ""
+    described = read_json(found.config) if found.config is not None else found.described
+    if described is not None:
+        return str(described.get("_class_name", ""))
+    files = [file for file in found.files if file.suffix in SUFFIXES]
+    names = tensor_shapes(files)
+    of_wan = "encoder.conv1.weight" in names or "encoder.conv_in.weight" in names  # its own names, or diffusers'
+    return "AutoencoderKLWan" if of_wan else ""
 
 
 def told_of_frames(network: PartSpec, told: bool, patch: Callable[[], int]) -> PartSpec:

@@ -11,12 +11,11 @@ from kinema.families.open_sora_strategy import (
     Strategy,
     check_room,
     cut_length,
-    is_strategy,
     parse_strategy,
     placed,
     resolved,
 )
-from kinema.families.steering import Cut, Steering
+from kinema.families.steering import Cut, Steering, is_strategy
 
 MOST_FRAMES = 257
 """Frames of a reference that a mask strategy reads whole: twice the longest stretch, at the sample's size."""
@@ -61,12 +60,12 @@ def overlap_of(overlap: int | None, frames: int, there: int, causal: bool) -> in
 def check_asked(asked: Steering, frames: int, guidance: float, references: Sequence[int], can: Abilities) -> None:
     """UserError for what a sample of ``frames`` cannot be told. ``references``: how many frames each of them has, 1 of
     a picture."""
-    _check_oscillation(asked, guidance, can)
+    _check_oscillation(asked, guidance, len(references), can)
     if asked.extend and not can.is_told_frames:
         raise UserError("--extend: this network was made for text alone (cond_embed = false): it is told no frames.")
     condition = asked.condition
     stretches: Mapping[int, Strategy] = {}
-    if condition is not None and is_strategy(condition):
+    if condition is not None and asked.has_strategy:
         stretches = parse_strategy(condition)
     elif condition is not None:
         given_of(condition, can.causal)
@@ -90,7 +89,20 @@ def check_asked(asked: Steering, frames: int, guidance: float, references: Seque
         raise UserError(f"--condition {condition}: {error}" if condition else f"--image: {error}") from None
 
 
-def _check_oscillation(asked: Steering, guidance: float, can: Abilities) -> None:
+def oscillates(asked: Steering, guidance: float, references: int, can: Abilities) -> bool:
+    """Whether a scale of such a sample oscillates: that of the text by default, and that of the frames where some are
+    given."""
+    of_text = asked.text_osci is not False and guidance > 1
+    of_frames = asked.image_osci is not False and _is_given_frames(asked, references)
+    return (of_text or of_frames) and not can.is_distilled
+
+
+def _is_given_frames(asked: Steering, references: int) -> bool:
+    """A further stretch is given the end of the video."""
+    return references > 0 or bool(asked.extend)
+
+
+def _check_oscillation(asked: Steering, guidance: float, references: int, can: Abilities) -> None:
     oscillate = {
         "text-osci": asked.text_osci,
         "image-osci": asked.image_osci,
@@ -105,7 +117,13 @@ def _check_oscillation(asked: Steering, guidance: float, can: Abilities) -> None
         )
     if asked.text_osci and guidance <= 1:
         raise UserError(f"--text-osci: with a guidance of {guidance:g} nothing is guided; leave it away.")
-    if asked.full_steps is not None and asked.text_osci is False and asked.image_osci is False:
+    for name in ("image-osci", "temporal-osci"):
+        if oscillate[name] and not _is_given_frames(asked, references):
+            raise UserError(
+                f"--{name}: it is of the guidance towards given frames, and there are none; leave it away or give some "
+                "with --image."
+            )
+    if asked.full_steps is not None and not oscillates(asked, guidance, references, can):
         raise UserError(f"--full-steps {asked.full_steps}: nothing oscillates; leave it away.")
 
 

@@ -19,6 +19,7 @@ from kinema.families.open_sora_conditions import (
     latents_of,
     lengths_of,
 )
+from kinema.families.steering import is_strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,11 +98,6 @@ def cut_length(frames: int, there: int, causal: bool) -> int:
 
 _FIELDS = ("loop", "reference", "source", "target", "frames", "edit")
 _DEFAULTS = ("0", "0", "0", "0", "1", "0")
-
-
-def is_strategy(text: str) -> bool:
-    """Whether a condition is written as a mask strategy, in numbers, or else as a name."""
-    return text[:1].isdecimal()
 
 
 def parse_strategy(text: str) -> dict[int, Strategy]:

@@ -25,7 +25,7 @@ Reference: TypeAlias = "Image.Image | np.ndarray | Tensor"
 
 def is_causal(vae: Any) -> bool:
     """Whether the first latent frame is made of the first frame alone."""
-    return not hasattr(vae, "pad_frames")
+    return bool(getattr(vae, "is_causal", True))  # the classes of diffusers are, and do not say so
 
 
 def pixels_of(reference: Reference, height: int, width: int) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from kinema.families.class_facts import of_class
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -69,9 +71,7 @@ def pipeline_units(network: nn.Module, blocks: Mapping[str, nn.ModuleList]) -> l
     """What a network can be cut between, in the order of execution. ``blocks`` are its family's lists."""
     if hasattr(network, "down_blocks"):
         return _unet_units(network)
-    kinds = [kind.__name__ for kind in type(network).__mro__]
-    streams = next((STREAMS[kind] for kind in kinds if kind in STREAMS), {})
-    branches = next((BRANCHES[kind] for kind in kinds if kind in BRANCHES), {})
+    streams, branches = of_class(network, STREAMS) or {}, of_class(network, BRANCHES) or {}
     first, total = {}, 0
     for name, group in blocks.items():
         first[name] = total

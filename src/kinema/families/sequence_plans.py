@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kinema.families.class_facts import of_class
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -68,10 +70,7 @@ def sequence_plans(network: nn.Module) -> Mapping[str, BlockPlan] | None:
 
     Lists without a plan run whole on every process: they refine short texts.
     """
-    for kind in type(network).__mro__:
-        if kind.__name__ in PLANS:
-            return PLANS[kind.__name__]
-    return None
+    return of_class(network, PLANS)
 
 
 REFUSED: Mapping[str, str] = {

@@ -17,6 +17,7 @@ from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family, Parts, Variant
 from kinema.families.checks import check_controls, check_dropout, check_options, check_sizes
+from kinema.families.from_runs import needing_its_base
 from kinema.families.identity import part_identity
 from kinema.families.latents import encode_pixels, latent_statistics, pixels_of
 from kinema.families.layout import Layout
@@ -36,6 +37,7 @@ from kinema.families.loading import (
 )
 from kinema.families.tensors import looks_like, tensor_shapes
 from kinema.randomness import derive_seed
+from kinema.runs.checkpoint_list import META
 from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ class StandardFamily(Family):
                 f"model.variant: name one ({', '.join(self.variants)}), or give model.path to read it from."
             )
         if found.model is not None:  # of a run, which knows
-            return type(self)(found.model)._variant_name
+            with needing_its_base(found.place):
+                return type(self)(found.model)._variant_name
         path = self._config_file("network", found)
         described = read_json(path) if path else {}
         fitting = self._fitting(described)
@@ -155,8 +158,11 @@ class StandardFamily(Family):
     def _described(self, part: str, found: Found | None) -> Source:
         """A part with its configuration: that of its files, of the run that trained it, or the one that ships."""
         spec, model = self.spec(part), f"{self.name} {self.variant.name}"
-        if found is not None and found.config is None and found.model is not None:
-            of_run = type(self)(found.model).source(part)
+        if found is not None and found.described is not None:
+            source = Source(spec, found, found.described, found.place / META, model)
+        elif found is not None and found.config is None and found.model is not None:
+            with needing_its_base(found.place):
+                of_run = type(self)(found.model).source(part)
             source = replace(of_run, spec=spec, found=found, model_name=model)
         else:
             shipped = self._shipped(self.variant.name, spec)

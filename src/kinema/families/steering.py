@@ -50,13 +50,18 @@ class Steering:
 
     @property
     def has_strategy(self) -> bool:
-        """Whether the condition is written in numbers, as a mask strategy."""
-        return self.condition is not None and self.condition[:1].isdecimal()
+        """Whether the condition is a mask strategy."""
+        return self.condition is not None and is_strategy(self.condition)
 
     @property
     def said(self) -> dict[str, Any]:
         """Those that say something, by name."""
         return {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+
+
+def is_strategy(condition: str) -> bool:
+    """Whether a condition is written as a mask strategy, in numbers, or else is a name."""
+    return condition[:1].isdecimal()
 
 
 NAMES = tuple(one.name for one in fields(Steering))
@@ -109,7 +114,7 @@ def check_usual(family: Family, asked: Steering, guidance: float) -> None:
         )
     if asked.text_osci and guidance <= 1:
         raise UserError(f"--text-osci: with a guidance of {guidance:g} nothing is guided; leave it away.")
-    if asked.full_steps is not None and not asked.text_osci:
+    if asked.full_steps is not None and not family.oscillates(asked, guidance, 0):
         raise UserError(f"--full-steps {asked.full_steps}: nothing oscillates; it belongs to --text-osci.")
     if asked.edit is not None:
         raise UserError(f"--edit {asked.edit:g}: {name} keeps the frames that it is given; leave it away.")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from kinema.families.class_facts import of_class
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -51,6 +53,11 @@ class TensorPlan:
     """Of modules, an argument with the channels of all heads in its last dimension (a tensor or a tuple of them), of
     which they take those of the heads that they see."""
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that the layers are in."""
+        return tuple(dict.fromkeys(name[: name.index("*") + 1] for name in self.layers))
+
     def head_counts(self, network: nn.Module) -> dict[str, int]:
         """How many heads there are, by the keys of the configuration."""
         config: Any = network.config
@@ -59,10 +66,7 @@ class TensorPlan:
 
 def tensor_plan(network: nn.Module) -> TensorPlan | None:
     """How a network's matrices are shared; None if nothing says so."""
-    for kind in type(network).__mro__:
-        if kind.__name__ in PLANS:
-            return PLANS[kind.__name__]
-    return None
+    return of_class(network, PLANS)
 
 
 REFUSED: Mapping[str, str] = {

@@ -19,7 +19,8 @@ from kinema.memory.dry_run import ATTENTION, DryRun
 class DryArithmetic(TorchFunctionMode):
     """Inside, attention is fused: it keeps its inputs, its output and one number a row for the backward pass. With
     ``compute`` other than float32, autocast to it by the rules for CUDA, without its cache of cast weights, whose bytes
-    ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results."""
+    ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens attend to each
+    other."""
 
     def __init__(self, run: DryRun, compute: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -31,28 +32,32 @@ class DryArithmetic(TorchFunctionMode):
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """What runs inside is computed so; networks that ask whether autocast is on are told."""
-        asked = torch.is_autocast_enabled
+        asked, asked_type = torch.is_autocast_enabled, torch.get_autocast_dtype
         torch.is_autocast_enabled = lambda *_: self.compute != torch.float32  # torch answers for no meta device
+        torch.get_autocast_dtype = lambda _: self.compute
         try:
             with self:
                 yield
         finally:
-            torch.is_autocast_enabled = asked
+            torch.is_autocast_enabled, torch.get_autocast_dtype = asked, asked_type
 
     @contextmanager
     def checkpointed(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
         """Inside, activation checkpointing of these blocks. They run again in the backward pass, where torch would let
         go of this mode."""
-        given = list(blocks)
-        for block in given:
+        given = [(block, vars(block).get("forward")) for block in blocks]
+        for block, _ in given:
             block.forward = partial(
                 checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), self)
             )
         try:
             yield
         finally:
-            for block in given:
-                del block.forward
+            for block, own in given:
+                if own is None:
+                    del block.forward
+                else:  # that of sequence parallel
+                    block.forward = own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +70,8 @@ class DryArithmetic(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             output = _attention(*args, **kwargs)
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            self.attention += output.nbytes + sum(given[one].nbytes for one in ("query", "key", "value"))
+            if given["query"].shape[-2] == given["key"].shape[-2]:
+                self.attention += output.nbytes + sum(given[one].nbytes for one in ("query", "key", "value"))
             return output
         if name == "tolist":
             return self.run.value(args[0]).tolist()

@@ -5,8 +5,7 @@ Peng et al. 2025, "Open-Sora 2.0", arXiv 2503.09642, section 3; the picture auto
 unchanged. It is deterministic: no posterior. Frames are not causal.
 
 One frame is one latent frame; otherwise four frames are. So 2 and 4 frames encode to one latent frame, and one latent
-frame decodes to one frame. Lengths that come back whole are 1 and the multiples of 4 from 8 on: `VideoDCAE.pad_frames`
-brings a clip to the next of them, and ``decode(latents, frames=...)`` cuts the rest off again.
+frame decodes to one frame. Lengths that come back whole are 1 and the multiples of 4 from 8 on.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -129,9 +127,12 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     >>> autoencoder = VideoDCAE.from_pretrained(path)
     >>> autoencoder.enable_tiling()
-    >>> latents = autoencoder.encode(autoencoder.pad_frames(pixels))  # [B, 3, 129, 576, 1024] -> [B, 128, 33, 18, 32]
-    >>> pixels = autoencoder.decode(latents, frames=129)
+    >>> latents = autoencoder.encode(pixels)  # [B, 3, 128, 576, 1024] -> [B, 128, 32, 18, 32]
+    >>> pixels = autoencoder.decode(latents)
     """
+
+    is_causal: ClassVar[bool] = False
+    """Whether the first latent frame is made of the first frame alone."""
 
     _supports_gradient_checkpointing = True
 
@@ -171,7 +172,7 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @apply_forward_hook
     def encode(self, x: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, T, H, W], to latents [B, C, t, h, w]. T is 1, 2 or a multiple of 4, H and W are
-        multiples of 32; UserError otherwise. See `pad_frames` for other lengths."""
+        multiples of 32; UserError otherwise."""
         self._check(x)
         unit = self.temporal_compression_ratio, self.spatial_compression_ratio
         return self._run(self.encoder, x, unit, (1, 1)) / self.config.scaling_factor
@@ -179,36 +180,28 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @apply_forward_hook
     def decode(self, latents: Tensor, frames: int | None = None) -> Tensor:
         """Latents [B, C, t, h, w] to pixels [B, 3, T, H, W], T = 1 for t = 1 and else 4 t; not clamped. ``frames``:
-        keep that many, of a clip that was padded; UserError if there are fewer."""
+        keep that many; UserError if there are fewer."""
         decoded = self.decoded_frames(latents.shape[2])
         if frames is not None and not 1 <= frames <= decoded:
             raise UserError(f"{latents.shape[2]} latent frames decode to {decoded} frames: {frames} cannot be kept.")
-        unit = self.temporal_compression_ratio, self.spatial_compression_ratio
-        pixels = self._run(self.decoder, latents * self.config.scaling_factor, (1, 1), unit)
+        scaled = latents * self.config.scaling_factor
+        pixels = self._decode(scaled) if self.tiling is None else self.tiled_decode(scaled)
         return pixels if frames is None else pixels[:, :, :frames]
+
+    def tiled_decode(self, scaled: Tensor) -> Tensor:
+        """What `decode` does in tiles; by the name that diffusers has for it, at which processes share them."""
+        return self._decode(scaled)
+
+    def _decode(self, scaled: Tensor) -> Tensor:
+        unit = self.temporal_compression_ratio, self.spatial_compression_ratio
+        return self._run(self.decoder, scaled, (1, 1), unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode and decode."""
         return self.decode(self.encode(x))
 
-    def pad_frames(self, x: Tensor) -> Tensor:
-        """The clip [B, 3, T, H, W] with its last frame repeated up to the next length that comes back whole."""
-        missing = self.padded_frames(x.shape[2]) - x.shape[2]
-        return F.pad(x, (0, 0, 0, 0, 0, missing), mode="replicate") if missing else x
-
-    def padded_frames(self, frames: int) -> int:
-        """The least length, from ``frames`` on, that decodes to as many frames: 1, 8, 12, 16..."""
-        ratio = self.temporal_compression_ratio
-        return 1 if frames == 1 else max(2 if ratio > 1 else 1, -(-frames // ratio)) * ratio
-
     def decoded_frames(self, latent_frames: int) -> int:
         return 1 if latent_frames == 1 else latent_frames * self.temporal_compression_ratio
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Channels, frames, rows and columns of the latents of a clip that `pad_frames` has padded."""
-        rows, columns = (side // self.spatial_compression_ratio for side in (height, width))
-        latent_frames = max(1, self.padded_frames(frames) // self.temporal_compression_ratio)
-        return self.config.latent_channels, latent_frames, rows, columns
 
     def _run(self, half: nn.Module, x: Tensor, unit: tuple[int, int], unit_out: tuple[int, int]) -> Tensor:
         pixels = max(unit[1], unit_out[1]) // unit[1]  # in height and width, of one position of x
@@ -230,8 +223,7 @@ class VideoDCAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             below = max([n for n in short if n < frames] + [frames // ratio * ratio])
             raise UserError(
                 f"a clip of {frames} frames: this autoencoder takes {', '.join(map(str, short))} or a multiple of "
-                f"{ratio}. The nearest are {below} and {-(-frames // ratio) * ratio}; pad_frames() repeats the last "
-                "frame, and decode(..., frames=...) cuts it off again."
+                f"{ratio}. The nearest are {below} and {-(-frames // ratio) * ratio}."
             )
         if any(side % space for side in sides):
             nearest = " x ".join(str(max(1, round(side / space)) * space) for side in sides)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kinema.networks.mapped import settle
+
 STORAGE = torch.float8_e4m3fn
 LARGEST = torch.finfo(STORAGE).max
 
@@ -94,6 +96,7 @@ def store_float8(roots: Iterable[nn.Module], keep: Iterable[str] = ()) -> int:
             for child, layer in list(parent.named_children()):
                 path = f"{name}.{child}".split(".")
                 if type(layer) is nn.Linear and not words & set(path):
+                    settle(layer)
                     setattr(parent, child, Float8Linear.of(layer))
                     count += 1
     return count

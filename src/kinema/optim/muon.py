@@ -97,10 +97,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def _whole(update: Tensor) -> Tensor:
-    return update.full_tensor() if isinstance(update, DTensor) else update
+    """On the mesh's device, where shards are sent from and matrices multiplied, also of shards in the host's memory."""
+    if isinstance(update, DTensor):
+        return update.to(update.device_mesh.device_type).full_tensor()
+    return update
 
 
 def _laid_out_like(update: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
-        return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return update
+        update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return update.to(parameter.device)

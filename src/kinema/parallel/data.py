@@ -3,10 +3,7 @@
 The weights of the samples in the loss already sum to 1 over all ranks, hence sums and never means. Peers in ``sp`` see
 parts of the same samples: each takes its share 1 / sp of the loss, so that for the sums they are as other ranks.
 
-``dp_shard`` > 1: torch's FSDP2, one group of parameters per block and one for the rest. Every group is resharded after
-its forward: between two passes parameters are always the sharded ones, which EMA, optimiser and checkpoint work on.
-Micro-batches before the last are reduce-scattered too (whole gradients kept until the last would cost what sharding
-saved); the all-reduce between replicas waits for the last.
+``dp_shard`` > 1: torch's FSDP2 (`kinema.parallel.fsdp`).
 
 ``dp_shard`` == 1: parameters are replicated, and gradients all-reduced in buckets as the last backward pass completes
 them. DDP would do the same, but it prefixes every parameter's name, wants each forward pass to go through its
@@ -16,23 +13,22 @@ checkpointing; hooks on the parameters have none of these.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
+from kinema.networks.mapped import settle, tensors
 from kinema.optim.gradients import local_part
+from kinema.parallel.fsdp import Sharding, accumulating, shard_fully
 from kinema.parallel.mesh import World
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are reduced in pieces of about this size (DDP's default)."""
@@ -40,23 +36,27 @@ BUCKET_BYTES = 25 * 2**20
 _reducers: WeakKeyDictionary[nn.Module, GradientReducer] = WeakKeyDictionary()
 
 
-def shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
+def shard(
+    network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World, sharding: Sharding | None = None
+) -> None:
     """Lay a network over the ranks, in place; afterwards it is on ``world.device``.
 
     Call it after adapters and activation checkpointing, before the optimiser and the EMA are made: with
-    ``dp_shard`` > 1 its parameters become DTensors. It may still be on the CPU: blocks move one at a time.
-    ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others. UserError if the ranks
-    hold different weights, or if parameters that train and are to be sharded have several dtypes.
+    ``dp_shard`` > 1 its parameters become DTensors, laid out as ``sharding`` says. It may still be on the CPU: blocks
+    move one at a time. ``blocks`` are the family's; frozen parameters, of any dtype, are sharded with the others.
+    UserError if the ranks hold different weights, or if parameters that train and are to be sharded have several
+    dtypes.
     """
     if world.size > 1 and world.sizes.pp * world.sizes.tp == 1:  # others were compared while they were whole
         check_equal_weights(network, world)
     if world.is_sharded:
-        _fully_shard(network, blocks, world)
+        replicated = shard_fully(network, blocks, world, sharding or Sharding())
     else:
-        network.to(world.device)
-        if world.sizes.dp * world.sizes.sp > 1:
-            trained = (p for p in network.parameters() if p.requires_grad)
-            _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))
+        settle(network)
+        replicated = list(network.to(world.device).parameters())
+    trained = [p for p in replicated if p.requires_grad]
+    if trained and world.sizes.dp * world.sizes.sp > 1:
+        _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))
 
 
 @contextmanager
@@ -65,16 +65,12 @@ def accumulate(network: nn.Module, last: bool = True) -> Iterator[None]:
 
     After the last, every parameter's ``grad`` is the sum over micro-batches and ranks. One backward pass a context.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     reducer = _reducers.get(network)
-    if isinstance(network, FSDPModule):
-        network.set_requires_all_reduce(last)
-        yield
-    elif reducer is not None and last:
-        with reducer.reducing():
-            yield
-    else:
+    with ExitStack() as stack:
+        if isinstance(network, FSDPModule):
+            stack.enter_context(accumulating(network, last))
+        if reducer is not None and last:
+            stack.enter_context(reducer.reducing())
         yield
 
 
@@ -174,59 +170,15 @@ def _gradient(parameter: nn.Parameter, flat: Tensor) -> Tensor:
     )
 
 
-def _fully_shard(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    assert world.mesh is not None
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.requires_grad})
-    if len(dtypes) > 1:
-        raise UserError(
-            f"the weights that train are stored as {' and '.join(dtypes)}, but parallel.dp_shard = "
-            f'{world.sizes.dp_shard} needs one type. Set model.network.dtype = "fp32", or parallel.dp_shard = 1.'
-        )
-    # Networks often return views; nothing changes their output in place, which is what FSDP2 warns of.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    mesh = _weights_mesh(world)
-    for group in blocks.values():
-        for block in group:
-            if any(True for _ in block.parameters()):  # else another stage of the pipeline has it
-                fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    _keep_recording(network)
-    network.to(world.device)  # buffers outside the blocks
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
-
-
-def _weights_mesh(world: World) -> DeviceMesh:
-    """The mesh that parameters are sharded over, in its last dimension, and replicated over in its first, if any."""
-    assert world.mesh is not None
-    last = "dp_shard"
-    if world.sizes.sp > 1:
-        last = "dp_shard_sp"
-        world.submesh("dp_shard", "sp")  # names the dimension
-    return world.mesh["dp_replicate", last] if world.sizes.dp_replicate > 1 else world.mesh[last]
-
-
-def _keep_recording(network: nn.Module) -> None:
-    """transformers knows by the name of a model's class what of its inside it can record (hidden states of text
-    encoders), and FSDP2 has just given the network a class with another name."""
-    recorded = getattr(network, "_can_record_outputs", None)
-    if recorded:
-        from transformers.utils import output_capturing
-
-        output_capturing._CAN_RECORD_REGISTRY[network] = recorded
-
-
 def check_equal_weights(network: nn.Module, world: World) -> None:
     """UserError unless all ranks hold the same bits, by the sum of each tensor's bit patterns."""
     names, sums = [], []
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, tensor in network.state_dict().items():
+    for name, tensor in tensors(network):
         names.append(name)
-        sums.append(tensor.view(whole[tensor.element_size()]).sum(dtype=torch.int64).item())
+        bits = tensor.reshape(-1).view(whole[tensor.element_size()])
+        # In pieces: torch copies what it sums in another type.
+        sums.append(sum(piece.sum(dtype=torch.int64).item() for piece in bits.split(2**22)))
     main = world.broadcast_object((names, sums))
     if main[0] != names:
         different: str | None = "(other tensor names)"

@@ -26,9 +26,9 @@ _lanes: WeakKeyDictionary[DeviceMesh, Lanes] = WeakKeyDictionary()
 class Lanes:
     """Messages between neighbouring stages.
 
-    Communicators run their operations in the order of issue, and two processes that begin with sending to each other
-    would wait for ever: forward and backward have communicators of their own, and so has the way from the last process
-    back to the first, which a process with several stages needs.
+    Communicators run their operations in the order of issue (NCCL's do, where they are made at once): one that waits
+    for its peer holds up all behind it, and processes that wait for one another so would do it for ever. Hence on each
+    communicator a process has one neighbour and one direction, and messages between two come in one order on both.
     """
 
     def __init__(self, world: World) -> None:
@@ -36,7 +36,9 @@ class Lanes:
         self.device = world.device
         lines = world.mesh.mesh.flatten(1).T.tolist()  # processes that differ in their place in the pipeline alone
         self.line = next(line for line in lines if world.rank in line)
-        self._groups = [dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0] for _ in range(4)]
+        self._groups = [
+            dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0] for _ in range(communicators(len(self.line)))
+        ]
         self._counts: dict[tuple[int, int, str], int] = {}
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
@@ -87,14 +89,27 @@ class Lanes:
     def _way(self, source: int, target: int, peer: int) -> tuple[int, int]:
         """The communicator between two stages, and the global rank of one."""
         ranks = len(self.line)
-        wraps = min(source, target) % ranks == ranks - 1
-        return 2 * (source > target) + wraps, self.line[peer % ranks]
+        return communicator(source, target, ranks), self.line[peer % ranks]
 
     def _count(self, group: int, peer: int, kind: str) -> int:
         """gloo tells messages by their tags."""
         count = self._counts.get((group, peer, kind), 0)
         self._counts[group, peer, kind] = (count + 1) % 2**30
         return count
+
+
+def communicators(ranks: int) -> int:
+    """How many a pipeline of ``ranks`` processes has."""
+    return 2 * (2 + ranks % 2)
+
+
+def communicator(source: int, target: int, ranks: int) -> int:
+    """The number of the one between two neighbouring stages. Processes stand in a ring (a process with several stages
+    sends from the last back to the first), whose sides alternate between two, with a third where their number is odd;
+    and each direction has its own."""
+    side = min(source, target) % ranks
+    closes = ranks % 2 == 1 and side == ranks - 1
+    return 2 * (2 if closes else side % 2) + (source > target)
 
 
 def collected(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from kinema.networks.mapped import taken
+from kinema.parallel.paper import PaperMesh
 from kinema.runs.pieces import Piece, Pieces
 
 DIMENSION = "tp"
@@ -60,11 +62,13 @@ _packings: WeakKeyDictionary[nn.Module, dict[str, Packing]] = WeakKeyDictionary(
 """Of each layer that is shared, how its parameters are, by their names in the layer: FSDP2 replaces parameters."""
 
 
-def set_part(layer: nn.Module, name: str, packing: Packing, mesh: DeviceMesh) -> None:
+def set_part(layer: nn.Module, name: str, packing: Packing, mesh: DeviceMesh | PaperMesh) -> None:
     """Replace a parameter of a layer by this process's part of it, a DTensor over the peers."""
     whole: nn.Parameter = getattr(layer, name)
-    local = packing.part(whole.detach(), mesh.get_local_rank())
-    shared = DTensor.from_local(local, mesh, [Shard(packing.dim)], run_check=False)
+    local = packing.part(taken(layer, name), mesh.get_local_rank())
+    shared = local  # on paper there are no others, and nothing is put together again
+    if not isinstance(mesh, PaperMesh):
+        shared = DTensor.from_local(local, mesh, [Shard(packing.dim)], run_check=False)
     setattr(layer, name, nn.Parameter(shared, requires_grad=whole.requires_grad))
     _packings.setdefault(layer, {})[name] = packing
 
@@ -121,7 +125,7 @@ def whole(tensor: Tensor, packing: Packing | None) -> Tensor:
     """A tensor gathered from all processes that share it, in its own order; called by all of them together."""
     if not isinstance(tensor, DTensor):
         return tensor
-    gathered = tensor.full_tensor()
+    gathered = tensor.to(tensor.device_mesh.device_type).full_tensor()  # shards may be in the host's memory
     return gathered if packing is None else packing.original(gathered)
 
 

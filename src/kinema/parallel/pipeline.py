@@ -13,7 +13,7 @@ gradients of parameters twice that several blocks use (before torch 2.13).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from kinema.errors import UserError
 from kinema.parallel.deferred import Later, deferring
+from kinema.parallel.fsdp import accumulating_all, backward_comes
 from kinema.parallel.lanes import lanes_of
 from kinema.parallel.mesh import World
 from kinema.parallel.pipeline_stages import Key, NetworkStages, Visit, stages_of
@@ -101,9 +102,12 @@ class Pipeline:
         for other processes' samples, in the shared ones its part (`sum_shared`). Returns the results in their order
         on the process with the last stage, nothing elsewhere."""
         passes = self.passes(self, forwards, factor)
-        for action in orders(self.schedule, self.ranks, self.per_rank, len(forwards)).of_rank[self.rank]:
-            getattr(passes, action.kind)(action.stage, action.micro)
-        self.lanes.finish()
+        with ExitStack() as stack:
+            for network in self.networks.values():
+                stack.enter_context(accumulating_all(network))
+            for action in orders(self.schedule, self.ranks, self.per_rank, len(forwards)).of_rank[self.rank]:
+                getattr(passes, action.kind)(action.stage, action.micro)
+            self.lanes.finish()
         return [passes.results[i] for i in sorted(passes.results)]
 
     @torch.no_grad()
@@ -123,7 +127,7 @@ class Pipeline:
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             by_kind.setdefault((local.dtype, local.device), []).append(local)
         for gradients in by_kind.values():
-            flat = torch.cat([one.reshape(-1) for one in gradients])
+            flat = torch.cat([one.reshape(-1) for one in gradients]).to(self.world.device)
             dist.all_reduce(flat, group=self.group)
             for one, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 one.copy_(summed.view_as(one))
@@ -266,6 +270,8 @@ class Passes(Generic[AnyResult]):
         visit, outputs = self.kept.pop((stage, micro))
         gradients = [None] * len(outputs) if stage == last else lanes.receive_like(outputs, stage + 1, stage)
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        for network in self.pipeline.networks.values():
+            backward_comes(network, last=micro == len(self.forwards) - 1)
         if pairs:
             torch.autograd.backward([one for one, _ in pairs], [gradient for _, gradient in pairs])
         if stage == last:

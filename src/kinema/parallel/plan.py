@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan_memory import Memory, Model, Pass, forecast
-from kinema.parallel.plan_time import MFU, StepTime, Traffic, step_time, traffic
+from kinema.parallel.plan_memory import forecast
+from kinema.parallel.plan_model import DEFAULT, Memory, Model, Pass, Sharding
+from kinema.parallel.plan_time import MFU, StepTime, Traffic, shared_out, step_time, traffic
 
 LARGEST_TP = 8
 LARGEST_SP = 16
@@ -18,8 +21,6 @@ LARGEST_PP = 16
 """Beyond these what is sent, or the bubble, outgrows what is gained."""
 ALIKE = 0.03
 """Plans whose times differ by no more than about this share count as equally fast: the model is no better."""
-MOST_TRIED = 200
-"""Plans whose memory is forecast, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Candidate:
 
     sizes: Sizes
     checkpointing: bool
+    sharding: Sharding = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Forecast:
         return self.batch.total / self.time.total
 
     def fits(self, cluster: Cluster) -> bool:
-        return self.memory.total <= cluster.device.memory
+        """Whether devices have the memory, and their machines that which they lend."""
+        return self.memory.total <= cluster.device.memory and self.memory.host <= cluster.host_memory
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,44 @@ class Workload:
     """What is to be laid out: the model, its passes and its batch, for any plan."""
 
     model: Model
-    passes: Callable[[bool, int], Pass]
-    """(activation checkpointing, samples at once) -> a micro-batch on one device."""
+    passes: Callable[[bool, int, int, int], Pass]
+    """(activation checkpointing, samples at once, sp, tp) -> a micro-batch on one device."""
     batch: Callable[[Sizes], Batch]
     splits: bool = False
     """Whether a search may take fewer samples at once than it says, and more micro-batches."""
 
-    def forecast(self, plan: Candidate, cluster: Cluster, mfu: float = MFU, micro: int | None = None) -> Forecast:
-        """What one plan takes, with ``micro`` samples at once if that is given."""
-        batch = self.batch(plan.sizes)
+    def forecast(
+        self, plan: Candidate, cluster: Cluster, mfu: float = MFU, micro: int | None = None, at_best: bool = False
+    ) -> Forecast:
+        """What one plan takes, with ``micro`` samples at once if that is given. ``at_best``: from the pass of one
+        device alone, as if those that share sequences and matrices had nothing twice, which is quicker to find."""
+        batch, sizes = self.batch(plan.sizes), plan.sizes
         if micro is not None:
             batch = replace(batch, micro=micro, micro_batches=-(-batch.micro * batch.micro_batches // micro))
-        one = self.passes(plan.checkpointing, batch.micro)
-        memory = forecast(self.model, one, plan.sizes, batch.micro_batches)
-        time = step_time(self.model, one, plan.sizes, batch.micro_batches, cluster, mfu)
-        return Forecast(plan, batch, memory, time, traffic(self.model, one, plan.sizes, batch.micro_batches))
+        if at_best:
+            one = shared_out(self.passes(plan.checkpointing, batch.micro, 1, 1), sizes.sp, sizes.tp)
+        else:
+            one = self.passes(plan.checkpointing, batch.micro, sizes.sp, sizes.tp)
+        memory = forecast(self.model, one, sizes, batch.micro_batches, plan.sharding, cluster.on_gpu)
+        time = step_time(self.model, one, sizes, batch.micro_batches, cluster, mfu, plan.sharding)
+        sent = traffic(self.model, one, sizes, batch.micro_batches, plan.sharding)
+        return Forecast(plan, batch, memory, time, sent)
+
+    def fitting(self, plan: Candidate, cluster: Cluster, mfu: float = MFU, at_best: bool = False) -> Forecast:
+        """With as many samples at once as fit, where their number is free, and one where none do."""
+        whole = self.forecast(plan, cluster, mfu, None, at_best)
+        count = whole.batch.micro
+        fewer = [count >> times for times in range(1, count.bit_length())]
+        if not (self.splits and fewer) or whole.fits(cluster):
+            return whole
+        tried: dict[int, Forecast] = {}
+
+        def fits(micro: int) -> bool:
+            tried[micro] = self.forecast(plan, cluster, mfu, micro, at_best)
+            return tried[micro].fits(cluster)
+
+        place = bisect_left(fewer, True, key=fits)
+        return tried[fewer[min(place, len(fewer) - 1)]]
 
 
 @dataclass
@@ -91,6 +117,8 @@ class Found:
     tried: int
     smallest: Forecast | None
     """The one that takes least memory, where none fits."""
+    plainer: list[Forecast] = field(default_factory=list)
+    """What would be faster, or as fast and plainer, than the first that fits, and does not fit."""
 
 
 def layouts(cluster: Cluster) -> Iterator[Sizes]:
@@ -108,42 +136,85 @@ def layouts(cluster: Cluster) -> Iterator[Sizes]:
         yield from (Sizes(pp, dp // shard, shard, sp, tp) for shard in dividers if dp % shard == 0)
 
 
+def candidates(cluster: Cluster) -> Iterator[Candidate]:
+    """All plans that are worth a look, those in the machines' own memory left out."""
+    for sizes in layouts(cluster):
+        for checkpointing in (False, True):
+            yield from (
+                Candidate(sizes, checkpointing, Sharding(zero)) for zero in ((3, 2, 1) if sizes.dp_shard > 1 else (3,))
+            )
+
+
+Order = tuple[int, int, float]
+"""Of plans, the best first."""
+Refusal = Callable[[Candidate], tuple[str, str] | None]
+"""Of a plan that cannot be: what of it, and why."""
+
+
 def search(
     workload: Workload,
     cluster: Cluster,
-    refusal: Callable[[Sizes], tuple[str, str] | None],
+    refusal: Refusal,
     mfu: float = MFU,
     count: int = 3,
+    among: Iterable[Candidate] | None = None,
 ) -> Found:
-    """The fastest plans that fit, with and without activation checkpointing; of equally fast ones the plainest.
+    """The fastest plans that fit, of equally fast ones the plainest; where none does, those that keep weights in the
+    machines' own memory. ``among``: the plans that are looked at; all."""
+    looked_at = list(candidates(cluster) if among is None else among)
+    found = _search(workload, cluster, refusal, mfu, count, looked_at)
+    if not found.best:
+        offloaded = [
+            replace(one, sharding=Sharding(offload=True))
+            for one in looked_at
+            if one.sizes.dp_shard > 1 and one.sharding == DEFAULT
+        ]
+        last = _search(workload, cluster, refusal, mfu, count, offloaded)
+        if last.best:
+            best = last.best
+            return replace(found, best=best, smallest=None, refused=found.refused | last.refused)
+    return found
 
-    ``refusal``: of a mesh that the model cannot be laid over, what of it and why.
-    """
+
+def _search(
+    workload: Workload, cluster: Cluster, refusal: Refusal, mfu: float, count: int, looked_at: Iterable[Candidate]
+) -> Found:
     refused: dict[str, str] = {}
-    timed: list[tuple[float, int, Candidate]] = []
-    for sizes in layouts(cluster):
-        reason = refusal(sizes)
+    at_best: list[Forecast] = []
+    for plan in looked_at:
+        reason = refusal(plan)
         if reason is not None:
             refused.setdefault(*reason)
             continue
-        batch = workload.batch(sizes)
-        for checkpointing in (False, True):
-            one = workload.passes(checkpointing, batch.micro)
-            time = step_time(workload.model, one, sizes, batch.micro_batches, cluster, mfu)
-            ways = sum(n > 1 for n in (sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.sp, sizes.tp))
-            timed.append((time.total / batch.total, ways, Candidate(sizes, checkpointing)))
-    fastest = min((time for time, _, _ in timed), default=1.0)
-    timed.sort(key=lambda entry: (round(math.log(entry[0] / fastest) / math.log1p(ALIKE)), *entry[1::-1]))
-    best: list[Forecast] = []
-    smallest: Forecast | None = None
-    for _, _, plan in timed[:MOST_TRIED]:
-        one_forecast = workload.forecast(plan, cluster, mfu)
-        while workload.splits and one_forecast.batch.micro > 1 and not one_forecast.fits(cluster):
-            one_forecast = workload.forecast(plan, cluster, mfu, one_forecast.batch.micro // 2)
-        if one_forecast.fits(cluster):
-            best.append(one_forecast)
-        if smallest is None or one_forecast.memory.total < smallest.memory.total:
-            smallest = one_forecast
-        if len(best) == count:
+        at_best.append(workload.fitting(plan, cluster, mfu, at_best=True))
+    fastest = max((one.samples_a_second for one in at_best), default=1.0)
+    ordered = sorted(((_order(one, fastest), one) for one in at_best), key=itemgetter(0))
+    found: list[tuple[Order, Forecast]] = []
+    others = [(order, one) for order, one in ordered if not one.fits(cluster)]
+    for order, likely in ordered:
+        if not likely.fits(cluster):
+            continue
+        # At best a plan is faster than it is: with what it really takes, one behind it may be better.
+        if len(found) >= count and order > found[count - 1][0]:
             break
-    return Found(best, refused, len(timed), None if best else smallest)
+        one = workload.fitting(likely.plan, cluster, mfu)
+        if one.fits(cluster):
+            insort(found, (_order(one, fastest), one), key=itemgetter(0))
+        else:
+            others.append((order, one))
+    best = [one for _, one in found[:count]]
+    plainer = [one for order, one in sorted(others, key=itemgetter(0)) if best and order < found[0][0]]
+    smallest = None
+    if others and not best:
+        least = min((one for _, one in others), key=lambda one: one.memory.total)
+        smallest = workload.fitting(least.plan, cluster, mfu)
+    return Found(best, refused, len(at_best), smallest, plainer)
+
+
+def _order(one: Forecast, fastest: float) -> Order:
+    """The faster plan first, of about equally fast ones the plainer; ``fastest``: samples a second."""
+    sizes, slower = one.plan.sizes, fastest / one.samples_a_second
+    ways = sum(n > 1 for n in (sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.sp, sizes.tp))
+    ways += sum(n > 1 for n in (sizes.pp, sizes.sp, sizes.tp))  # replicas and shards are plainer than these
+    ways += one.plan.sharding.zero != DEFAULT.zero
+    return round(math.log(slower) / math.log1p(ALIKE)), ways, slower

@@ -5,12 +5,14 @@ A model on paper. Its assumptions are constants here, and docs/scaling.md says w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan_memory import LONG, OUTSIDE, Model, Pass, local
+from kinema.parallel.plan_memory import local
+from kinema.parallel.plan_model import DEFAULT, OUTSIDE, Model, Pass, Segment, Sharding
+from kinema.parallel.plan_stages import in_short
 from kinema.parallel.schedule import Schedule, orders
 
 MFU = 0.4
@@ -19,7 +21,10 @@ OVERLAP = 0.8
 """Share of the sending of weights, of gradients and between stages that computing can hide. What sequence and tensor
 parallel send is waited for."""
 ALL_REDUCES = 2
-"""Of tensor parallel, a block and pass: after attention and after the feed-forward network."""
+"""Of tensor parallel, a block and pass, where no step has been run under it: after attention and after the feed-forward
+network."""
+HOST_BYTES = 25e9
+"""Bytes a second that the processors of a machine read and write for each of its devices while they update weights."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +38,27 @@ class Traffic:
     replicate_reduce: float = 0.0
     shard_gather: float = 0.0
     shard_scatter: float = 0.0
+    small_reduce: float = 0.0
+    """Gradients of what stays whole where other weights are sharded."""
     sp_exchange: float = 0.0
     tp_reduce: float = 0.0
+    tp_gather: float = 0.0
     pp_send: float = 0.0
+    host: float = 0.0
+    """Between the device and the machine's memory."""
 
     def wire(self, sizes: Sizes) -> dict[str, float]:
         """What leaves one device, by dimension, where collectives go around a ring."""
         shards, copies = sizes.weight_shards, replicas(sizes)
+        every = sizes.dp_replicate * shards
         around = {
-            "dp_shard": (shards - 1) / shards * (self.shard_gather + self.shard_scatter),
+            "dp_shard": (shards - 1) / shards * (self.shard_gather + self.shard_scatter)
+            + 2 * (every - 1) / every * self.small_reduce,
             "dp_replicate": 2 * (copies - 1) / copies * self.replicate_reduce,
             "sp": (sizes.sp - 1) / sizes.sp * self.sp_exchange,
-            "tp": 2 * (sizes.tp - 1) / sizes.tp * self.tp_reduce,
+            "tp": (sizes.tp - 1) / sizes.tp * (2 * self.tp_reduce + self.tp_gather),
             "pp": self.pp_send,
+            "host": self.host,
         }
         return {name: sent for name, sent in around.items() if sent}
 
@@ -56,7 +69,7 @@ class StepTime:
 
     compute: float
     exposed: float
-    """Sending that computing does not hide."""
+    """Sending that computing does not hide, and updates in the machine's memory."""
     bubble: float
     """Share of the time that the pipeline's devices stand idle."""
     sending: dict[str, float]
@@ -73,66 +86,123 @@ def replicas(sizes: Sizes) -> int:
     return sizes.dp_replicate if sizes.weight_shards > 1 else sizes.dp_replicate * sizes.sp
 
 
-def traffic(model: Model, one: Pass, sizes: Sizes, micro_batches: int) -> Traffic:
-    """What one device sends in a step of ``micro_batches``."""
+@cache
+def shared_out(one: Pass, sp: int, tp: int) -> Pass:
+    """A pass as one of ``sp`` x ``tp`` devices would do it at best, of the pass of one alone: each holds its share of
+    everything. `kinema.training.dry_step` runs it instead."""
+    if sp * tp == 1:
+        return one
+    passes = 3 if one.reruns else 2
+
+    def share(segment: Segment, forward: bool) -> Segment:
+        in_block = forward and segment.block != OUTSIDE
+        return replace(
+            segment,
+            kept=segment.kept / (sp * tp),
+            peak=segment.peak / (sp * tp),
+            own_peak=segment.peak / (sp * tp) + (segment.own_peak - segment.peak) / tp,
+            flops=segment.flops / (sp * tp),
+            gradients=segment.gradients / tp,
+            made=segment.made / sp,
+            exchanged=passes * segment.attention / (sp * tp) if sp > 1 else 0.0,
+            reduced=passes * ALL_REDUCES * segment.made / sp if tp > 1 and in_block else 0.0,
+        )
+
+    return Pass(tuple(share(s, True) for s in one.forward), tuple(share(s, False) for s in one.backward))
+
+
+def traffic(model: Model, one: Pass, sizes: Sizes, micro_batches: int, how: Sharding = DEFAULT) -> Traffic:
+    """What one device sends in a step of ``micro_batches``; ``one`` is its own part of them."""
     share = 1 / sizes.pp  # weights outside of the blocks are few
-    passes = 3 if reruns(one) else 2
     sharded = sizes.weight_shards > 1
-    gradients, flags, whole, whole_gradients = _totals(model, sizes)
-    blocks = sum(segment.block != OUTSIDE for segment in one.forward)
-    attention, carried = one.sum("attention"), max(segment.carried for segment in one.forward)
+    of = _totals(model, sizes)
+    gathers = 2 * micro_batches if how.zero == 3 else 1
+    scatters = 1 if how.zero == 1 else micro_batches
+    held = share * of.weights * gathers + share * of.gradients * scatters
     return Traffic(
-        replicate_reduce=share * (gradients + (0 if sharded else flags)) if replicas(sizes) > 1 else 0.0,
-        shard_gather=share * 2 * micro_batches * whole if sharded else 0.0,
-        shard_scatter=share * micro_batches * whole_gradients if sharded else 0.0,
-        sp_exchange=share * passes * micro_batches * attention / sizes.sp / sizes.tp if sizes.sp > 1 else 0.0,
-        tp_reduce=share * passes * micro_batches * ALL_REDUCES * blocks * carried / sizes.sp if sizes.tp > 1 else 0.0,
-        pp_send=2 * micro_batches * carried / sizes.sp if sizes.pp > 1 else 0.0,
+        replicate_reduce=share * (of.gradients + (0 if sharded else of.flags)) if replicas(sizes) > 1 else 0.0,
+        shard_gather=share * gathers * of.whole if sharded else 0.0,
+        shard_scatter=share * scatters * of.whole_gradients if sharded else 0.0,
+        small_reduce=share * of.small if sharded else 0.0,
+        sp_exchange=share * micro_batches * one.sums.exchanged if sizes.sp > 1 else 0.0,
+        tp_reduce=share * micro_batches * one.sums.reduced if sizes.tp > 1 else 0.0,
+        tp_gather=share * micro_batches * one.sums.gathered if sizes.tp > 1 else 0.0,
+        pp_send=2 * micro_batches * one.handed_on * model.stages_per_rank if sizes.pp > 1 else 0.0,
+        host=held if how.offload and sharded else 0.0,
     )
 
 
 def step_time(
-    model: Model, one: Pass, sizes: Sizes, micro_batches: int, cluster: Cluster, mfu: float = MFU
+    model: Model,
+    one: Pass,
+    sizes: Sizes,
+    micro_batches: int,
+    cluster: Cluster,
+    mfu: float = MFU,
+    how: Sharding = DEFAULT,
 ) -> StepTime:
-    """How long a step takes."""
-    compute = one.flops * micro_batches / (sizes.sp * sizes.tp * sizes.pp) / (cluster.device.flops * mfu)
+    """How long a step takes; ``one`` is a device's own part of a micro-batch."""
+    compute = one.flops * micro_batches / sizes.pp / (cluster.device.flops * mfu)
     spans = {"tp": sizes.tp, "sp": sizes.tp * sizes.sp}
     spans["dp_shard"] = spans["sp"] * sizes.dp_shard
     spans["dp_replicate"] = spans["dp_shard"] * sizes.dp_replicate
     spans["pp"] = sizes.total
-    wire = traffic(model, one, sizes, micro_batches).wire(sizes)
+    wire = traffic(model, one, sizes, micro_batches, how).wire(sizes)
+    to_host = wire.pop("host", 0.0)
     sending = {name: sent / cluster.bandwidth(spans[name]) for name, sent in wire.items()}
-    waited = sum(sending.get(name, 0.0) for name in ("sp", "tp"))
+    if to_host:
+        sending["host"] = to_host / cluster.device.host
+    waited = sum(sending.get(name, 0.0) for name in (("tp",) if model.ring else ("sp", "tp")))
     hidden = sum(sending.values()) - waited
     exposed = waited + max((1 - OVERLAP) * hidden, hidden - compute)
+    if how.offload and sizes.weight_shards > 1:
+        exposed += _totals(model, sizes).updated / sizes.pp / HOST_BYTES
     bubble = bubble_of(model.schedule, sizes.pp, model.stages_per_rank, micro_batches)
     return StepTime(compute, exposed, bubble, sending)
 
 
 def bubble_of(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) -> float:
     """Share of the time that the devices of a pipeline stand idle."""
-    if schedule != "zero_bubble" or pp == 1:
+    in_rounds = per_rank == 1 or micro_batches % pp == 0
+    if pp == 1 or (schedule != "zero_bubble" and in_rounds):
         return (pp - 1) / (per_rank * micro_batches + pp - 1)
-    simulated = min(micro_batches, LONG * pp)  # what is idle stays as long, however many come in between
+    simulated = in_short(micro_batches, pp)  # what is idle stays as long, however many come in between
     idle = orders(schedule, pp, per_rank, simulated).bubble
     return idle * simulated / (idle * simulated + (1 - idle) * micro_batches)
 
 
-def reruns(one: Pass) -> bool:
-    """Whether blocks run again in the backward pass, which then computes three times what the forward pass does."""
-    forward, backward = (sum(segment.flops for segment in part) for part in (one.forward, one.backward))
-    return backward > 2.6 * forward
+@dataclass
+class _Totals:
+    """Bytes of all weights of a network: on one device, and whole, as FSDP2 pads them."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    flags: float = 0.0
+    """Sent with the gradients of replicas."""
+    small: float = 0.0
+    """Gradients, with their flags, of what stays whole where others are sharded."""
+    whole: float = 0.0
+    whole_gradients: float = 0.0
+    updated: float = 0.0
+    """Read and written in an update: weights, state and averages twice, gradients once."""
 
 
 @cache
-def _totals(model: Model, sizes: Sizes) -> tuple[float, float, float, float]:
-    """Of all weights: a device's gradients, the flags sent with them; and whole, as FSDP2 pads them, weights and
-    gradients."""
-    gradients = flags = whole = whole_gradients = 0.0
+def _totals(model: Model, sizes: Sizes) -> _Totals:
+    found = _Totals()
     for weight in model.weights:
-        share = local(weight, sizes)
-        gradients += share * weight.gradient
-        flags += weight.tensors * weight.gradient / weight.elements if weight.gradient else 0
-        whole += share * sizes.weight_shards * weight.bytes
-        whole_gradients += share * sizes.weight_shards * weight.gradient
-    return gradients, flags, whole, whole_gradients
+        flags = weight.tensors * weight.gradient / weight.elements if weight.gradient else 0
+        stays = weight.stays and sizes.weight_shards > 1
+        share = local(weight if stays else replace(weight, stays=False), sizes)
+        if stays:
+            found.small += share * weight.gradient + flags
+            continue
+        shards = sizes.weight_shards
+        found.weights += share * weight.bytes
+        found.gradients += share * weight.gradient
+        found.flags += flags
+        found.whole += share * shards * weight.whole
+        found.whole_gradients += share * shards * weight.gradient
+        if weight.trains:
+            found.updated += share * (2 * (weight.bytes + weight.state + weight.average) + weight.gradient)
+    return found

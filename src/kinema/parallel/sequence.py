@@ -1,7 +1,8 @@
 """Sequence parallel: the processes of a sequence share the tokens of each sample.
 
 Streams of tokens are split at a list's first block and put together after its last; inside, everything but attention
-works on each token by itself, and attention (`kinema.parallel.ulysses`) exchanges tokens for heads.
+works on each token by itself. Attention exchanges tokens for heads (`kinema.parallel.ulysses`), or sends keys and
+values round (`kinema.parallel.ring`).
 
 Weights are whole on every process. Splitting is slicing and putting together is an all-gather, both with their true
 adjoints: if each of P processes backpropagates 1 / P of the loss, which they all know, then the sum of the gradients
@@ -19,17 +20,22 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from kinema.config.schema import SequenceAttention
 from kinema.errors import ConfigError, UserError
-from kinema.families.sequence_plans import REFUSED, Attention, BlockPlan, sequence_plans
-from kinema.parallel.ulysses import LAYOUT, Layout, Peers, attend
+from kinema.families.sequence_plans import REFUSED, Attention, BlockPlan, Tokens, sequence_plans
+from kinema.parallel.ring import around_ring
+from kinema.parallel.ulysses import LAYOUT, Layout, Peers, over_heads
 
 if TYPE_CHECKING:
     from kinema.families.base import Family
     from kinema.parallel.mesh import World
+
+_WAYS: Mapping[SequenceAttention, Callable[..., Tensor]] = {"ulysses": over_heads, "ring": around_ring}
 
 _OTHER_KERNELS = (
     "Sequence parallel takes hold of attention where torch's own kernels are called, which {what}. Leave "
@@ -55,25 +61,28 @@ def check_sequence_parallel(size: int, key: str, family: Family, parts: Sequence
         raise ConfigError(_OTHER_KERNELS.format(what=f'DIFFUSERS_ATTN_BACKEND = "{backend}" does not use'))
 
 
-def split_sequences(network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World) -> None:
+def split_sequences(
+    network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World, attention: SequenceAttention = "ulysses"
+) -> None:
     """Let the processes of a sequence share the tokens in a network's blocks, in place.
 
-    ``blocks`` are the family's lists. The network is called as before, on every process with the same arguments, and
-    returns the whole output on each. Call it before activation checkpointing. Blocks get a ``forward`` of their own
-    and hooks; names of modules and parameters stay as they are. Networks that refine short texts alone stay whole.
+    ``blocks`` are the family's lists, ``attention`` is how tokens of one process attend to those of all. The network is
+    called as before, on every process with the same arguments, and returns the whole output on each. Call it before
+    activation checkpointing. Blocks get a ``forward`` of their own and hooks; names of modules and parameters stay as
+    they are. Networks that refine short texts alone stay whole.
     """
     if world.sizes.sp == 1:
         return
     peers = Peers(world.group("sp"), world.place["sp"], world.sizes.sp)
     for name, plan in (sequence_plans(network) or {}).items():
-        _SplitList(blocks[name], plan, peers).install()
+        _SplitList(blocks[name], plan, peers, _WAYS[attention]).install()
 
 
 class _SplitList:
     """A list of blocks whose streams are split while a forward pass is inside."""
 
-    def __init__(self, blocks: nn.ModuleList, plan: BlockPlan, peers: Peers) -> None:
-        self.blocks, self.plan, self.peers = blocks, plan, peers
+    def __init__(self, blocks: nn.ModuleList, plan: BlockPlan, peers: Peers, way: Callable[..., Tensor]) -> None:
+        self.blocks, self.plan, self.peers, self.way = blocks, plan, peers, way
         self.signature = inspect.signature(blocks[0].forward) if len(blocks) else inspect.Signature()
         self.lengths: dict[str, int] = {}
         self.sliced: dict[str, tuple[Any, Any]] = {}
@@ -81,7 +90,7 @@ class _SplitList:
 
     def install(self) -> None:
         for index, block in enumerate(self.blocks):
-            block.forward = MethodType(_in_parts(block.forward.__func__, self.plan), block)  # type: ignore[union-attr]
+            block.forward = MethodType(_in_parts(block.forward.__func__, self.plan, self.way), block)  # type: ignore[union-attr]
             first, last = index == 0, index == len(self.blocks) - 1
             block.register_forward_pre_hook(self._entering(first), with_kwargs=True)
             block.register_forward_hook(self._leaving(last), with_kwargs=True)
@@ -129,12 +138,12 @@ class _SplitList:
         return leave
 
 
-def _in_parts(forward: Callable[..., Any], plan: BlockPlan) -> Callable[..., Any]:
+def _in_parts(forward: Callable[..., Any], plan: BlockPlan, way: Callable[..., Tensor]) -> Callable[..., Any]:
     """A block's forward pass over this process's tokens, with attention over those of all."""
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layout, mask = kwargs.pop(LAYOUT)
-        attention = _AttentionOfAll(plan, layout, mask)
+        attention = _AttentionOfAll(plan, layout, mask, way)
         with attention:
             output = forward(block, *args, **kwargs)
         attention.check(block)
@@ -146,9 +155,9 @@ def _in_parts(forward: Callable[..., Any], plan: BlockPlan) -> Callable[..., Any
 class _AttentionOfAll(TorchFunctionMode):
     """While it is in force, attention sees the tokens of all processes."""
 
-    def __init__(self, plan: BlockPlan, layout: Layout, mask: Tensor | None) -> None:
+    def __init__(self, plan: BlockPlan, layout: Layout, mask: Tensor | None, way: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.plan, self.layout, self.mask = plan, layout, mask
+        self.plan, self.layout, self.mask, self.way = plan, layout, mask, way
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,9 +182,33 @@ class _AttentionOfAll(TorchFunctionMode):
         if self.plan.mask is not None:
             attn_mask = self.mask
         options |= {"dropout_p": dropout_p, "is_causal": is_causal}
-        return attend(self.layout, call, query, key, value, attn_mask, **options)
+        return attend(self.layout, call, query, key, value, attn_mask, self.way, **options)
 
     def check(self, block: nn.Module) -> None:
         """UserError if attention has gone another way: each process would have seen its own tokens alone."""
         if self.calls < len(self.plan.attention) - self.plan.optional_calls:
             raise UserError(_OTHER_KERNELS.format(what=f"{type(block).__name__} has not done"))
+
+
+def attend(
+    layout: Layout,
+    call: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    way: Callable[..., Tensor] = over_heads,
+    **options: Any,
+) -> Tensor:
+    """Attention [B, H, l, D] of this process's tokens, which are those of the call's streams one behind the other."""
+    tokens = sum(layout.held(stream) for stream in call.streams)
+    assert query.shape[2] == tokens, f"attention over {query.shape[2]} tokens, but {call.streams} have {tokens}"
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # what attention would do, and what is sent is half as much
+        query, key, value = (one.to(torch.get_autocast_dtype(device)) for one in (query, key, value))
+    if call.whole_keys:
+        if attn_mask is not None and attn_mask.shape[-2] > 1:
+            attn_mask = layout.slice(attn_mask, Tokens(call.streams, dim=-2))
+        return scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    assert key.shape[2] == query.shape[2], "keys and queries are of the same tokens"
+    return way(layout, call.streams, query, key, value, attn_mask, **options)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch.nn import functional
 from kinema.errors import ConfigError
 from kinema.families.tensor_plans import REFUSED, Split, TensorPlan, tensor_plan
 from kinema.parallel.mesh import World
-from kinema.parallel.packing import DIMENSION, Packing, set_part
+from kinema.parallel.packing import DIMENSION, Packing, packings, set_part
 
 if TYPE_CHECKING:
     from kinema.config.schema import Config
@@ -46,11 +47,6 @@ def check_tensor_parallel(config: Config, family: Family) -> None:
         raise ConfigError(
             f"parallel.tp = {size}: an adapter of type {config.adapter.type} needs whole matrices, which no device "
             'has under tensor parallel. Set adapter.type = "lora", or share the network by parallel.dp_shard.'
-        )
-    if config.training.compile:
-        raise ConfigError(
-            f"training.compile: the compiler cannot trace layers of which parallel.tp = {size} devices have parts. "
-            "Leave training.compile out, or share the network by parallel.dp_shard or parallel.sp."
         )
     for part in family.trained_parts():
         if getattr(config.model, part).dtype == "fp8":
@@ -109,7 +105,11 @@ def split_matrices(network: nn.Module, world: World) -> None:
             module.register_forward_pre_hook(_narrowing(argument, peers), with_kwargs=True)
     for _, layer, split in list(_planned(network, plan)):
         _split(layer, split, peers)
-    network.register_forward_hook(lambda *_: peers.forget(), always_call=True)
+    for name in plan.blocks:
+        for _, block in _matching(network, name):
+            block.forward = MethodType(_forgetting(block.forward.__func__, peers), block)  # type: ignore[union-attr]
+            block.register_forward_pre_hook(_take_parts)
+            block.register_forward_hook(_drop_parts, always_call=True)
 
 
 def _planned(network: nn.Module, plan: TensorPlan) -> Iterator[tuple[str, nn.Module, Split]]:
@@ -133,6 +133,9 @@ def _matching(network: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module
     yield from found
 
 
+AnyTensor = TypeVar("AnyTensor", Tensor, "Tensor | None")
+
+
 class Peers:
     """The processes that share matrices, and what they exchange."""
 
@@ -146,19 +149,23 @@ class Peers:
     def enter(self, x: Tensor, alone: bool = False) -> Tensor:
         """What all peers have, on its way into their parts of a layer: its gradient is the sum of theirs.
 
-        Layers that read the same tensor one after the other get the same one here, so that there is one sum.
-        ``alone``: no other layer reads it.
+        Layers of a block that read the same tensor one after the other get the same one here, so that there is one
+        sum. ``alone``: no other layer reads it.
         """
         kind, source = x.device.type, x
         if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:  # what the layer would do: less to exchange
             x = x.to(torch.get_autocast_dtype(kind))
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return x
-        if alone:
-            return _SumGradients.apply(x, self)
+        if alone or not (x.requires_grad and torch.is_grad_enabled()):
+            return self.share(x)
         if self._entered is None or self._entered[0] is not source or self._entered[1].dtype != x.dtype:
-            self._entered = source, _SumGradients.apply(x, self)
+            self._entered = source, self.share(x)
         return self._entered[1]
+
+    def share(self, x: AnyTensor) -> AnyTensor:
+        """What all peers have, or None; its gradient is the sum of theirs."""
+        if x is None or not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        return _SumGradients.apply(x, self)
 
     def forget(self) -> None:
         """Let go of the tensor that was read last."""
@@ -191,7 +198,6 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.peers.forget()  # checkpointed blocks have entered again, to no further use
         return _sum(gradients[0], ctx.peers.group), None
 
 
@@ -218,10 +224,60 @@ class _Gather(torch.autograd.Function):
         return gradients[0].chunk(ctx.peers.size, dim=-1)[ctx.peers.rank], None
 
 
+def _forgetting(forward: Callable[..., Any], peers: Peers) -> Callable[..., Any]:
+    """A block's forward pass, also the one that is run again for its backward pass: nothing that its layers read
+    stays behind."""
+
+    @wraps(forward)
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        peers.forget()
+        try:
+            return forward(block, *args, **kwargs)
+        finally:
+            peers.forget()
+
+    return run
+
+
+_PART = "_part_of_"
+"""Before a parameter's name: the attribute of a layer that holds this process's part of it while its block runs."""
+
+
+@torch.compiler.disable
+def _take_parts(block: nn.Module, _: Any) -> None:
+    """Before a compiled block: DTensors stay outside of what is compiled."""
+    if block._compiled_call_impl is None:
+        return
+    for path in packings(block):
+        layer, _, name = path.rpartition(".")
+        module = block.get_submodule(layer)
+        part = _local(getattr(module, name))
+        setattr(module, _PART + name, part.view_as(part))  # torch takes what a DTensor gives for a parameter
+
+
+@torch.compiler.disable
+def _drop_parts(block: nn.Module, *_: Any) -> None:
+    if block._compiled_call_impl is None:
+        return
+    for path in packings(block):
+        layer, name = path.rpartition(".")[::2]
+        vars(block.get_submodule(layer)).pop(_PART + name, None)
+
+
+def _part(layer: nn.Module, name: str) -> Tensor:
+    """This process's part of a parameter."""
+    part: Tensor | None = getattr(layer, _PART + name, None)
+    return _local(getattr(layer, name)) if part is None else part
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def _split(layer: Any, split: Split, peers: Peers) -> None:
     """Share one layer, or the layer under a LoRA and the LoRA with it."""
     if split.kind == "head_norm":
-        layer.forward = MethodType(_norm_of_some_heads(layer.forward.__func__, peers), layer)
+        layer.forward = MethodType(_norm_of_some_heads(layer, peers), layer)
     elif split.kind == "norm":
         set_part(layer, "weight", Packing(0, split.sizes(layer), peers.size), peers.mesh)
         layer.forward = MethodType(_norm_over_all_heads(peers), layer)
@@ -245,8 +301,8 @@ def _split_linear(layer: nn.Linear, split: Split, blocks: tuple[int, ...], peers
 
 def _columns(peers: Peers, gathered: bool, alone: bool) -> Callable[..., Tensor]:
     def columns(layer: nn.Linear, x: Tensor) -> Tensor:
-        bias = None if layer.bias is None else _part(layer.bias)
-        y = functional.linear(peers.enter(x, alone), _part(layer.weight), bias)
+        bias = None if layer.bias is None else _part(layer, "bias")
+        y = functional.linear(peers.enter(x, alone), _part(layer, "weight"), bias)
         return peers.gather(y) if gathered else y
 
     return columns
@@ -254,7 +310,7 @@ def _columns(peers: Peers, gathered: bool, alone: bool) -> Callable[..., Tensor]
 
 def _rows(peers: Peers) -> Callable[..., Tensor]:
     def rows(layer: nn.Linear, x: Tensor) -> Tensor:
-        y = peers.sum(functional.linear(x, _part(layer.weight)))
+        y = peers.sum(functional.linear(x, _part(layer, "weight")))
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
     return rows
@@ -275,22 +331,26 @@ def _narrowing(argument: str, peers: Peers) -> Callable[..., Any]:
     return narrow
 
 
-def _norm_of_some_heads(forward: Callable[..., Tensor], peers: Peers) -> Callable[..., Tensor]:
+class _StandIn:
+    """What a norm's ``forward`` reads of the norm, its parameters among it."""
+
+
+def _norm_of_some_heads(norm: nn.Module, peers: Peers) -> Callable[..., Tensor]:
     """A norm within each head sees those that are here: the gradient of its weight is the sum of the peers'. Hooks on
     parameters would not do: FSDP2 replaces them."""
+    forward = type(norm).forward
+    settings = {name: value for name, value in vars(norm).items() if not name.startswith("_")}
+    names = list(norm._parameters)
 
-    def norm(module: nn.Module, x: Tensor) -> Tensor:
-        own = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
-        if not own or not torch.is_grad_enabled():
-            return forward(module, x)
-        parameters: dict[str, Any] = module._parameters
-        parameters |= {name: _SumGradients.apply(p, peers) for name, p in own.items()}
-        try:
-            return forward(module, x)
-        finally:
-            parameters |= own
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        stand_in = _StandIn()
+        for name, value in settings.items():
+            setattr(stand_in, name, value)
+        for name in names:
+            setattr(stand_in, name, peers.share(getattr(module, name)))
+        return forward(stand_in, x)  # type: ignore[no-any-return]
 
-    return norm
+    return run
 
 
 def _norm_over_all_heads(peers: Peers) -> Callable[..., Tensor]:
@@ -300,11 +360,6 @@ def _norm_over_all_heads(peers: Peers) -> Callable[..., Tensor]:
         wide = x if x.dtype == torch.float64 else x.float()
         squares = peers.sum_both_ways(wide.square().sum(dim=-1, keepdim=True))
         scale = (squares / (x.shape[-1] * peers.size) + module.eps).rsqrt()
-        return (wide * scale).type_as(x) * _part(module.weight)
+        return (wide * scale).type_as(x) * _part(module, "weight")
 
     return norm
-
-
-def _part(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

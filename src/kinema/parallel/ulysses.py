@@ -7,7 +7,7 @@ processes take one more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from kinema.families.sequence_plans import Attention, First, Tokens
+from kinema.families.sequence_plans import First, Tokens
 
 LAYOUT = "_sequence_layout"
 """The argument by which a block is told the layout of its tokens."""
@@ -124,30 +124,21 @@ def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def attend(
+def over_heads(
     layout: Layout,
-    call: Attention,
+    streams: Sequence[str],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """Attention [B, H, l, D] of this process's tokens, which are those of the call's streams one behind the other."""
-    held = [layout.held(stream) for stream in call.streams]
-    assert query.shape[2] == sum(held), f"attention over {query.shape[2]} tokens, but {call.streams} have {sum(held)}"
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # what attention would do, and the exchange moves half as much
-        query, key, value = (one.to(torch.get_autocast_dtype(device)) for one in (query, key, value))
-    if call.whole_keys:
-        if attn_mask is not None and attn_mask.shape[-2] > 1:
-            attn_mask = layout.slice(attn_mask, Tokens(call.streams, dim=-2))
-        return scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    assert key.shape[2] == query.shape[2], "keys and queries are of the same tokens"
-
-    real, rank = [layout.real(stream) for stream in call.streams], layout.peers.rank
+    """Attention [B, H, l, D] of this process's tokens of these streams, one behind the other, to those of all:
+    tokens of all heads become all tokens of some heads, and back."""
+    held = [layout.held(stream) for stream in streams]
+    real, rank = [layout.real(stream) for stream in streams], layout.peers.rank
     mine = [counts[rank] for counts in real]
-    parts = [_without_copies(one, held, mine) for one in (query, key, value)]
+    parts = [without_copies(one, held, mine) for one in (query, key, value)]
     whole = _tokens_to_heads(parts, real, layout.peers)
     heads = [query.shape[1] // key.shape[1] * count for count in layout.peers.shares(key.shape[1])]
     if heads[rank] == 0:  # more processes than heads: nothing to do, but the exchanges take part in the backward pass
@@ -156,17 +147,20 @@ def attend(
         if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
             attn_mask = attn_mask.narrow(1, sum(heads[:rank]), heads[rank])
         output = scaled_dot_product_attention(whole[0], whole[1], whole[2], attn_mask, **options)
-    return _with_copies(_heads_to_tokens(output, heads, real, layout.peers), held, mine)
+    return with_copies(_heads_to_tokens(output, heads, real, layout.peers), held, mine)
 
 
-def _without_copies(tensor: Tensor, held: list[int], real: list[int]) -> Tensor:
+def without_copies(tensor: Tensor, held: list[int], real: list[int]) -> Tensor:
+    """[B, H, l, D] without the copies of tokens that other processes have. ``held`` and ``real``: this process's
+    tokens of each stream, with and without them."""
     if held == real:
         return tensor
     parts = zip(tensor.split(held, dim=2), real, strict=True)
     return torch.cat([part[:, :, :count] for part, count in parts], dim=2)
 
 
-def _with_copies(tensor: Tensor, held: list[int], real: list[int]) -> Tensor:
+def with_copies(tensor: Tensor, held: list[int], real: list[int]) -> Tensor:
+    """The way back: zeros in the place of copies."""
     if held == real:
         return tensor
     parts = zip(tensor.split(real, dim=2), held, strict=True)

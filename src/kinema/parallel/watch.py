@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ DEAD_AFTER = 30.0
 the interpreter to itself."""
 LOST_AFTER = 10.0
 """The same once a collective has failed: somebody is gone, and torchrun gives the others half a minute."""
+HEARD_WITHIN = 5.0
+"""Seconds that the first process gives the others to hear that the run is over: the store may be in it."""
 LEAST = 45.0
 """Seconds that a process may always stay where it is; with five times the slowest step, where that is longer."""
 FIRST = 1800.0
@@ -148,7 +151,8 @@ class Watch:
             self.world.barrier()  # nobody's silence after its end is taken for death
         elif self._thread is not None and isinstance(error, RuntimeError) and _LOST.search(str(error)):
             self._dead_after = LOST_AFTER
-            self._thread.join(timeout=LOST_AFTER + 5)  # it finds out who is gone, says so and ends this process
+            # The thread finds out who is gone, says so and ends this process.
+            self._thread.join(timeout=LOST_AFTER + HEARD_WITHIN + 5)
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -162,7 +166,7 @@ class Watch:
                 self._tell(store)
                 if store.check([_OVER]):
                     verdict = json.loads(store.get(_OVER))
-                    self._end(verdict["ranks"], verdict["text"])
+                    self._end(verdict["ranks"], verdict["text"], store)
                 if watches and (found := self._look(store)) is not None:
                     # Whoever is first is heard; the other monitor's verdict is the same.
                     text = json.dumps({"ranks": found[0], "text": found[1]})
@@ -191,7 +195,7 @@ class Watch:
                 one.update(json.loads(store.get(key)), now)
         return find_culprit(self._processes, now, self.limit, self._dead_after)
 
-    def _end(self, ranks: list[int], text: str) -> None:
+    def _end(self, ranks: list[int], text: str, store: Store | None = None) -> None:
         """Say why, print where this process stands if it is the one, and end at once: the main thread may be anywhere,
         and nothing that it could still do would be complete."""
         with suppress(Exception):
@@ -199,7 +203,16 @@ class Watch:
                 print(f"process {self.world.rank} stands here:", file=sys.stderr)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             print(f"kinema: process {self.world.rank} ends with the run: {text}", file=sys.stderr, flush=True)
+            if store is not None:
+                self._heard(store)
         os._exit(EXIT_CODE)
+
+    def _heard(self, store: Store) -> None:
+        """Tell the first process, which goes last: with it the store may be gone, and the others would not know why."""
+        if self.world.rank:
+            store.set(f"heard/{self.world.rank}", "")
+        else:
+            store.wait([f"heard/{rank}" for rank in range(1, self.world.size)], timedelta(seconds=HEARD_WITHIN))
 
 
 def _store() -> Store:

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from kinema.errors import UserError
+from kinema.runs.checkpoint_list import INDEX, index_problem
 
-INDEX = "index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -83,7 +83,7 @@ class SafetensorsWriter(StorageWriter):
         end = 0
         for item in items:
             start, end = end, end + _bytes(item)
-            header[_entry(item.index)] = {
+            header[entry_name(item.index)] = {
                 "dtype": _DTYPE_NAMES[_dtype(item)],
                 "shape": list(_chunk(item).sizes),
                 "data_offsets": [start, end],
@@ -156,10 +156,7 @@ class SafetensorsReader(StorageReader):
                 properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
                 tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint {self.path}: its {INDEX} cannot be read ({error}). Resume from another checkpoint, or "
-                "copy this one again from where it came from."
-            ) from error
+            raise UserError(index_problem(self.path, error)) from error
         return Metadata(tensors, storage_data=self.files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -184,7 +181,7 @@ class SafetensorsReader(StorageReader):
         for file, items in by_file.items():
             with safe_open(self.path / file, framework="pt") as stored:
                 for item in items:
-                    entry = _entry(item.storage_index)
+                    entry = entry_name(item.storage_index)
                     window = tuple(
                         slice(start, start + length)
                         for start, length in zip(item.storage_offsets, item.lengths, strict=True)
@@ -249,7 +246,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [current.__cause__, current.__context__, *(failure[0] for failure in failures.values())]
 
 
-def _entry(index: MetadataIndex) -> str:
+def entry_name(index: MetadataIndex) -> str:
     """Name of a part of a tensor within a file."""
     if index.offset is None or not any(index.offset):
         return index.fqn

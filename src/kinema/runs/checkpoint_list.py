@@ -12,6 +12,8 @@ from kinema.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 FORMAT = 1
+META, INDEX = "meta.json", "index.json"
+"""What a checkpoint is, and where which part of which tensor lies."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,14 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.sequence)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a complete checkpoint."""
+    return (path / META).is_file() and (path / INDEX).is_file()
+
+
 def checkpoint_at(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest of a run directory."""
-    if (path / "meta.json").exists():
+    if (path / META).exists():
         return path
     for root in (path / "checkpoints", path):
         found = list_checkpoints(root) if root.is_dir() else []
@@ -52,9 +59,25 @@ def checkpoint_at(path: Path) -> Path:
 def read_header(path: Path) -> dict[str, Any]:
     """What ``meta.json`` holds; UserError where it is missing, damaged, or of another format."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / META).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no complete checkpoint: its meta.json cannot be read ({error}).") from error
+        raise UserError(f"{path} is no complete checkpoint: its {META} cannot be read ({error}).") from error
     if meta.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} has format {meta.get('format')}, this kinema reads format {FORMAT}.")
     return meta
+
+
+def tensor_names(path: Path) -> tuple[str, ...]:
+    """Names of the tensors in a checkpoint; nested names are joined with dots. UserError where that cannot be read."""
+    try:
+        return tuple(dict(json.loads((path / INDEX).read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(index_problem(path, error)) from error
+
+
+def index_problem(path: Path, error: Exception) -> str:
+    """What to say of a checkpoint whose index cannot be read."""
+    return (
+        f"checkpoint {path}: its {INDEX} cannot be read ({error}). Resume from another checkpoint, or copy this one "
+        "again from where it came from."
+    )

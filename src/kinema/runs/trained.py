@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from kinema.runs.checkpoint_load import contents, load
+from kinema.runs.checkpoint_load import contents, in_pieces, load, mapped
 
 PIECE = 2**28
 """Elements of a checkpoint that are read at once."""
@@ -22,6 +24,20 @@ def named_trainables(networks: Mapping[str, nn.Module]) -> dict[str, nn.Paramete
         for name, parameter in network.named_parameters()
         if parameter.requires_grad
     }
+
+
+def configuration(network: nn.Module) -> dict[str, Any]:
+    """What diffusers or transformers would write as its ``config.json``, under the name of the class that FSDP2 derived
+    from."""
+    from torch.distributed.fsdp import FSDPModule
+
+    name = next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
+    if hasattr(network, "to_json_string"):
+        facts = json.loads(network.to_json_string()) | {"_class_name": name}
+    else:
+        facts = json.loads(network.config.to_json_string()) | {"architectures": [name]}
+    facts.pop("_name_or_path", None)  # a path on this machine
+    return facts
 
 
 def averaged(checkpoint: Path) -> bool:
@@ -74,9 +90,33 @@ def trained_names(checkpoint: Path, part: str) -> dict[str, str]:
     return found
 
 
-def read_trained(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
-    """The tensors of a part that trained whole, by the names of its model, in the types they were trained in."""
+def read_trained(checkpoint: Path, part: str, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a part that trained whole, by the names of its model, in the types they were trained in.
+
+    On the CPU those that lie in one piece are mapped: nothing is read before it is used. On the device "meta" the index
+    alone is read.
+    """
     stored, names = contents(checkpoint), trained_names(checkpoint, part)
-    tensors = {name: torch.empty(stored[name][0], dtype=stored[name][1]) for name in names.values()}
-    load(checkpoint, tensors)
+    is_meta = torch.device(device).type == "meta"
+    tensors = {} if is_meta else mapped(checkpoint, names.values())
+    in_pieces = {
+        name: torch.empty(stored[name][0], dtype=stored[name][1], device="meta" if is_meta else "cpu")
+        for name in names.values()
+        if name not in tensors
+    }
+    if not is_meta:
+        load(checkpoint, in_pieces)
+    tensors |= in_pieces
     return {ours: tensors[theirs] for ours, theirs in names.items()}
+
+
+def leave_trained(checkpoint: Path, part: str) -> tuple[dict[str, torch.Tensor], dict[int, Callable[[], torch.Tensor]]]:
+    """As `read_trained`, reading nothing: a tensor in several pieces is on the meta device, and its ``id`` leads to
+    what puts it together."""
+    stored, names = contents(checkpoint), trained_names(checkpoint, part)
+    found = mapped(checkpoint, names.values())
+    makers = {}
+    for name, make in in_pieces(checkpoint, [one for one in names.values() if one not in found]).items():
+        found[name] = torch.empty(stored[name][0], dtype=stored[name][1], device="meta")
+        makers[id(found[name])] = make
+    return {ours: found[theirs] for ours, theirs in names.items()}, makers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 from kinema.data.files import absolute
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
-from kinema.sampling.first_picture import FirstPicture, check_begins, pictures_of, plan_pictures, promised, wanted
+from kinema.sampling.first_picture import FirstPicture, pictures_of, wanted
 from kinema.sampling.index import add_to_index, prepare_index, read_index, there_already
-from kinema.sampling.lists import Ask, read_list
+from kinema.sampling.jobs import Job, check_sources, job_again, read_order
 from kinema.sampling.offload import check_offload, choose_offload, let_go, out_of_memory_advice
-from kinema.sampling.planning import Plan, companions, plan_of_asks
-from kinema.sampling.provenance import differences, essence, image_contents, machine_facts, weights_facts
-from kinema.sampling.repeat import FOLDER, open_origin, origin_weights, plan_repeat
+from kinema.sampling.planning import Plan, companions
+from kinema.sampling.provenance import essence, image_contents, machine_facts
 from kinema.sampling.settings import DYNAMIC, read_options
-from kinema.sampling.tiling import check_all_tiles
-from kinema.sampling.together import Rank, Together, check_together, together
-from kinema.sampling.weights import find_weights
-from kinema.sampling.wording import Wording, without_dynamic, worded
+from kinema.sampling.together import Rank, Together, check_together, sequence_attention, together
+from kinema.sampling.wording import Wording
 from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -86,6 +82,7 @@ def sample(
     tile_frames: int | None = None,
     crf: int | None = None,
     sp: int = 1,
+    sp_attention: str | None = None,
 ) -> list[Path]:
     """Write ``num_samples`` files for each prompt, with the seeds ``seed``, ``seed`` + 1, ...; returns their paths.
 
@@ -110,7 +107,8 @@ def sample(
     (`kinema.sampling.tiling`). ``crf``: of the videos' compression, 0 (lossless) to 51.
 
     Under torchrun the pipeline's calls are shared out over the ranks, and each rank returns the paths of its own. With
-    ``sp`` above 1 so many ranks draw each sample together (`kinema.sampling.together`), and the first of them has it.
+    ``sp`` above 1 so many ranks draw each sample together (`kinema.sampling.together`), and the first of them has it;
+    ``sp_attention``: "ulysses" or "ring", as ``parallel.attention`` of a training.
     UserError, before anything is loaded, for what cannot be made.
     """
     given = locals()
@@ -120,131 +118,41 @@ def sample(
     rank = Rank.of_environment(sp)
     with rank.one_voice():
         rank.check()
+        attention = sequence_attention(sp_attention, sp)
         options = read_options(given)
         options["num_samples"] = None if num_samples == 1 else num_samples
         if dtype is not None and dtype not in DTYPES:
             near = did_you_mean(dtype, DTYPES)
             raise UserError(f"--dtype {dtype}: there is no such type{near} Known: {', '.join(DTYPES)}.")
         check_offload(offload)
-        _check_sources(prompts or (), prompt_list, repeat, rows, ignore_columns)
+        check_sources(prompts or (), prompt_list, repeat, rows, ignore_columns)
         painter = wanted(first, pictures, repeat)
         folder = None if out is None else Path(out)
         if repeat is not None:
             if refine_prompt or options["motion"] == DYNAMIC:
                 raise UserError("--from draws with the prompt and the scores of its file: leave --refine-prompt away.")
-            job = _job_again(Path(repeat), prompts or (), pictures, options, source, folder)
+            order = None
+            job = job_again(Path(repeat), prompts or (), pictures, options, source, folder)
         else:
             listed = None if prompt_list is None else (str(prompt_list), rows, ignore_columns or ())
             wording = Wording(refine_prompt, prompt_url, prompt_model)
-            job = _job(
-                prompts or (), listed, pictures, options, source, folder, wording, painter, first=rank.number == 0
-            )
-        check_all_tiles(job.plan.weights.family, [one.settings for one in job.plan.drawings])
+            order = read_order(prompts or (), listed, pictures, options, source, folder, wording, painter)
+            job = order.job()
         check_together(sp, job.plan.weights.family)
-        where, kind = _device_and_dtype(device or job.device, dtype or job.dtype, rank, device)
+        where = _named_device(device or job.device, rank, device)
+    _probe(where, rank, device)
+    if order is not None:  # whoever is asked may cost money: all else is right by now
+        with rank.one_voice():
+            job = order.worded(job, first=rank.number == 0)
+    kind = _dtype_for(where, dtype or job.dtype)
     groups = job.plan.calls[rank.share :: rank.shares]
-    with out_of_memory_advice(where), together(sp, where) as others:
+    with out_of_memory_advice(where), together(sp, where, attention) as others:
         if job.first is not None:
             own = pictures_of(groups, job.plan, job.first.plan)
             said_once = "auto" if where.type == "cpu" else offload
             _write_all(job.first, own, rank, others, where, kind, said_once, again=bool(again))
             let_go(where)
         return _write_all(job, groups, rank, others, where, kind, offload, again=bool(again))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A plan, and what every file of it says of its weights."""
-
-    plan: Plan
-    facts: dict[str, Any]
-    device: str | None = None
-    """The device and the type of the file that is drawn again, where there is one."""
-    dtype: str | None = None
-    stored: Mapping[str, Any] | None = None
-    first: Job | None = None
-    """What draws the pictures that its videos begin with."""
-
-
-def _check_sources(
-    prompts: Sequence[str], prompt_list: Any, repeat: Any, rows: str | None, ignore: Sequence[str] | None
-) -> None:
-    """UserError unless it is clear where the prompts come from."""
-    if prompt_list is not None and (prompts or repeat is not None):
-        other = "a PROMPT" if prompts else "--from"
-        raise UserError(f"--list {prompt_list} and {other} both say what to draw: give one of them.")
-    for name, given in (("--rows", rows), ("--ignore-columns", ignore)):
-        if given and prompt_list is None:
-            raise UserError(f"{name} belongs to --list, which is not given.")
-    if not prompts and prompt_list is None and repeat is None:
-        raise UserError("Give at least one prompt, or a file of prompts with --list.")
-
-
-def _job(
-    prompts: Sequence[str],
-    listed: tuple[str, str | None, Sequence[str]] | None,
-    images: Sequence[str],
-    options: Mapping[str, Any],
-    source: Mapping[str, Any],
-    folder: Path | None,
-    wording: Wording,
-    painter: FirstPicture | None,
-    *,
-    first: bool,
-) -> Job:
-    weights = find_weights(**source)
-    drawer = None if painter is None else painter.weights()
-    if drawer is not None:
-        check_begins(weights)
-    run = source["run"]
-    folder = folder or (run / "samples" if run else Path("samples"))
-    if listed is None:
-        asks = [Ask(prompt, tuple(images)) for prompt in prompts]
-        asks = worded(asks, weights, options, wording, folder, first=first)
-        asks = asks if drawer is None else promised(asks)
-        plan = plan_of_asks(asks, weights, options, folder)
-    else:
-        location, rows, ignore = listed
-        whole = read_list(location, [name.strip() for one in ignore for name in one.split(",")])
-        asks = [replace(ask, images=ask.images or tuple(images)) for ask in whole.asks]
-        chosen = whole.chosen(rows)
-        rows_drawn = [ask for ask in asks if ask.row in chosen]
-        answered = {ask.row: ask for ask in worded(rows_drawn, weights, options, wording, folder, first=first)}
-        asks = [answered.get(ask.row, without_dynamic(ask)) for ask in asks]
-        asks = asks if drawer is None else promised(asks)
-        options = {**options, "motion": None if options["motion"] == DYNAMIC else options["motion"]}
-        plan = plan_of_asks(asks, weights, options, folder, whole=whole, chosen=chosen)
-    facts = weights_facts(weights, *(source[name] for name in ("model", "family", "variant")))
-    if painter is None or drawer is None:
-        return Job(plan, facts)
-    own = {"steps": painter.steps, "guidance": painter.guidance}
-    plan, pictures = plan_pictures(plan, drawer, own, None if listed is None else listed[0])
-    return Job(plan, facts, first=Job(pictures, weights_facts(drawer, painter.model, painter.family, painter.variant)))
-
-
-def _job_again(
-    file: Path,
-    prompts: Sequence[str],
-    images: Sequence[str],
-    options: Mapping[str, Any],
-    source: Mapping[str, Any],
-    folder: Path | None,
-) -> Job:
-    """UserError where what lies at the place of the file's weights is not what it was drawn with."""
-    origin = open_origin(file)
-    weights = origin_weights(origin, **source)
-    plan = plan_repeat(origin, weights, prompts, images, options, folder or file.parent / FOLDER)
-    given = source["run"] is not None or source["model"] is not None
-    place = source if given else origin.stored["weights_from"]
-    facts = weights_facts(weights, *(place.get(name) for name in ("model", "family", "variant")))
-    others = differences(origin.stored, facts, adapters=not source["adapters"])
-    if others and not given and source["ema"] is None:
-        raise UserError(
-            f"--from {file}: {'; '.join(others)}. Give --run or --model to draw with what is there now all the same."
-        )
-    plan = replace(plan, notes=(*plan.notes, *(f"Not the same as {file.name}: {one}." for one in others)))
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    return Job(plan, facts, origin.device(), short.get(origin.stored.get("dtype", "")), origin.stored)
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
@@ -271,16 +179,22 @@ def _write_all(
     machine = machine_facts(device, dtype)
     entry_of = _entries(plan, groups, {**job.facts, **machine})
     names = {i: plan.drawings[i].file for group in groups for i in group if plan.drawings[i].file}
-    index = {} if again else read_index(plan.folder)
+    index = {} if again or not rank.writes else read_index(plan.folder)
 
     def is_there(i: int) -> bool:
         there = not again and (plan.folder / names[i]).is_file()
         return there and there_already(plan.folder, names[i], essence(entry_of(i)), index)
 
-    there = others.agreed({i for i in names if is_there(i)})
+    # the first of those that draw together looks, since it mends what is missing beside a file
+    there = others.agreed({i for i in names if is_there(i)} if rank.writes else set())
     groups = tuple(group for group in groups if any(i in names and i not in there for i in group))
     settings = [plan.drawings[i].settings for group in groups for i in group]
-    with _progress(settings, rank) as (on_step, say):
+    with _progress(settings, rank) as (advance, say):
+
+        def on_step(group: Sequence[int], step: int, steps: int) -> None:
+            advance(group, step, steps)
+            others.steps.done(step, settings[group[0]].steps)
+
         for note in (*plan.notes, *_machine_notes(job.stored, machine)):
             say(note)
         if there:
@@ -347,26 +261,53 @@ def _machine_notes(stored: Mapping[str, Any] | None, machine: Mapping[str, Any])
     return [f"Bytes may differ in rounding from the file's: {said}."] if other else []
 
 
-def _device_and_dtype(
-    device: str | None, dtype: str | None, rank: Rank, option: str | None
-) -> tuple[torch.device, torch.dtype]:
-    """A GPU where there is one, each rank its own; bf16 there (fp16 on cards without), fp32 on CPUs."""
+def _named_device(device: str | None, rank: Rank, option: str | None) -> torch.device:
+    """A GPU where there is one, each rank its own. UserError for a name that is none; nothing is tried."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and rank.count > 1:
         device = f"cuda:{rank.local}"
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {option or device}: cannot be used here ({str(error).splitlines()[0]}).") from error
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _unusable(option or device, error) from error
+
+
+def _probe(device: torch.device, rank: Rank, option: str | None) -> None:
+    """UserError unless this rank can use its device. Each speaks for itself: the others may be able to use theirs."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _unusable(option or str(device), error, device, rank) from error
+
+
+def _unusable(
+    option: str, error: BaseException, device: torch.device | None = None, rank: Rank | None = None
+) -> UserError:
+    import torch
+
+    why = str(error).splitlines()[0]
+    if device is None or rank is None or rank.count == 1:
+        return UserError(f"--device {option}: cannot be used here ({why}).")
+    there, advice = torch.cuda.device_count(), ""
+    if device.type == "cuda" and 0 < there <= (device.index or 0):
+        advice = f" This machine has {there} GPU(s): start at most as many processes on it (--nproc-per-node {there})."
+    return UserError(f"--device {option}: rank {rank.number} cannot use {device} ({why}).{advice}")
+
+
+def _dtype_for(device: torch.device, dtype: str | None) -> torch.dtype:
+    """By default bf16 on GPUs (fp16 on cards without), fp32 on CPUs."""
+    import torch
+
     if dtype is not None:
-        return place, torch_dtype(dtype)
-    if place.type == "cpu":
-        return place, torch.float32
-    native = place.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return place, torch.bfloat16 if native else torch.float16
+        return torch_dtype(dtype)
+    if device.type == "cpu":
+        return torch.float32
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 @contextmanager

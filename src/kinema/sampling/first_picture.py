@@ -19,6 +19,7 @@ from kinema.sampling.lists import Ask, Mistake, mistakes_message
 from kinema.sampling.pipeline import calls
 from kinema.sampling.planning import PROMISED, Drawing, Plan, plan_of_asks
 from kinema.sampling.request import check_size
+from kinema.sampling.settings import read_option
 from kinema.sampling.weights import Weights, find_weights
 
 FOLDER = "first"
@@ -41,11 +42,13 @@ class FirstPicture:
 
     @property
     def is_wanted(self) -> bool:
-        """UserError where there are settings of pictures and nothing to draw them."""
+        """UserError where there are settings of pictures and nothing to draw them, or values that they cannot have."""
+        for name in ("steps", "guidance"):
+            read_option(name, getattr(self, name), "first-")
         if self.model is not None or self.run is not None:
             return True
         for name in ("family", "variant", "adapter", "steps", "guidance"):
-            if getattr(self, name):
+            if getattr(self, name) not in (None, "", (), []):
                 raise UserError(f"--first-{name} belongs to --first-model (or --first-run), which is not given.")
         return False
 

@@ -8,7 +8,7 @@ alone, so that its embedding does not depend on the batch either; text encoders 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -332,11 +332,31 @@ def _schedule(pipeline: Any, shift: float | None) -> Iterator[None]:
         pipeline.scheduler = scheduler
 
 
+def check_shift(family: Family) -> None:
+    """UserError, before weights are loaded, if the family's scheduler is known to have no time shift."""
+    config = family.known_config("scheduler") if "scheduler" in family.variant.parts else {}
+    if config.get("_class_name"):
+        _shift_name(config)
+
+
 def shifted(scheduler: Any, shift: float) -> Any:
     """The same kind of scheduler with t <- shift t / (1 + (shift - 1) t) at every resolution."""
-    config = scheduler.config
-    key = next((key for key in ("flow_shift", "shift") if key in config), None)
-    if key is None:
-        raise UserError(f"--shift: {type(scheduler).__name__} has no time shift; leave the option away.")
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     fixed = {"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {}
-    return type(scheduler).from_config(config, **{key: shift}, **fixed)
+    return type(scheduler).from_config(scheduler.config, **{_shift_name(config): shift}, **fixed)
+
+
+def _shift_name(config: Mapping[str, Any]) -> str:
+    """What a scheduler of this configuration calls its time shift, by its class where the configuration leaves it out;
+    UserError for one that has none."""
+    names = ("flow_shift", "shift")
+    found = next((name for name in names if name in config), None)
+    if found is None:
+        import diffusers
+
+        kind = getattr(diffusers, config["_class_name"], None)
+        known = inspect.signature(kind.__init__).parameters if kind is not None else {}
+        found = next((name for name in names if name in known), None)
+    if found is None:
+        raise UserError(f"--shift: {config['_class_name']} has no time shift; leave the option away.")
+    return found

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.steering import FULL_STEPS, NAMES, Steering, whole_length
 from kinema.sampling.lists import Ask, Mistake, PromptList, mistakes_message
-from kinema.sampling.pipeline import SampleSettings, calls
+from kinema.sampling.pipeline import SampleSettings, calls, check_shift
 from kinema.sampling.references import frames_at
 from kinema.sampling.request import (
     RunDefaults,
@@ -29,6 +30,7 @@ from kinema.sampling.request import (
     told_scores,
 )
 from kinema.sampling.sizes import asked_size, merged
+from kinema.sampling.tiling import check_tiling
 from kinema.sampling.weights import Weights
 from kinema.sampling.writing import CRF, suffix
 
@@ -248,8 +250,10 @@ def _digest(one: Drawing) -> str:
 
 def check_references(drawings: Sequence[Drawing], family: Family) -> list[Mistake]:
     """Look at every picture and video that a drawing needs, each once, and whether the family can be told what the
-    drawing asks for. What is wrong with rows is returned; anything else is a UserError."""
+    drawing asks for: tiles and a time shift too. What is wrong with rows is returned; anything else is a UserError."""
     found: dict[tuple[str, float | None], int | UserError] = {}
+    tiling = cache(lambda *tiles: _mistake(check_tiling, family, *tiles))
+    shift = cache(lambda: _mistake(check_shift, family))
     mistakes = []
     for one in drawings:
         settings = one.settings
@@ -260,11 +264,25 @@ def check_references(drawings: Sequence[Drawing], family: Family) -> list[Mistak
                 raise UserError(str(wrong[0]) if one.row is None else f"ref: {wrong[0]}")
             known_lengths = [known for known in lengths if isinstance(known, int)]
             family.check_steering(settings, settings.frames, settings.guidance, known_lengths)
+            refused = tiling(settings.tiling, settings.tile_size, settings.tile_frames)
+            if refused is None and settings.shift is not None:
+                refused = shift()
+            if refused is not None:
+                raise UserError(str(refused))
         except UserError as error:
             if one.row is None:
                 raise
             mistakes.append(Mistake(one.row, str(error).removeprefix("--")))
     return list(dict.fromkeys(mistakes))
+
+
+def _mistake(check: Callable[..., None], *arguments: Any) -> UserError | None:
+    """What a check finds wrong, to be remembered."""
+    try:
+        check(*arguments)
+    except UserError as error:
+        return error
+    return None
 
 
 def _length(image: str, fps: float | None, found: dict[tuple[str, float | None], int | UserError]) -> int | UserError:

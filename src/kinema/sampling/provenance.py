@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.errors import UserError
+from kinema.families.identity import checkpoint_identity
 from kinema.families.steering import NAMES
 from kinema.machine import describe_machine
 from kinema.sampling.weights import Weights, find_weights, weights_at
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
 
 VOLATILE = ("images", "weights", "weights_from", "batch", "device", "device_name", "threads", "versions", "adapters")
 """Facts of a file that do not tell whether it is what is asked for: places, for contents count, and the machine."""
-PROBES, PROBE = 64, 4096
-"""How many places of a checkpoint's file are read to know it again, and how many bytes at each."""
 
 
 def weights_facts(weights: Weights, model: str | None, family: str | None, variant: str | None) -> dict[str, Any]:
     """Which weights these are, for people (a label), for `weights_of` (a place) and for comparison (identities).
 
     ``model``, ``family`` and ``variant`` are the options that the weights were found by. Local base weights and
-    adapters are known by their content, which is hashed once and remembered; see `checkpoint_identity`.
+    adapters are known by their content, which is hashed once and remembered; checkpoints by `checkpoint_identity`.
     """
     place: dict[str, Any]
     if weights.export is not None:
@@ -54,22 +53,6 @@ def weights_identity(weights: Weights) -> str:
         digest.update(f"{checkpoint_identity(weights.checkpoint)} {weights.ema}".encode())
     for part, path in weights.trained:
         digest.update(f"{part} {_content(path)}".encode())
-    return digest.hexdigest()
-
-
-def checkpoint_identity(checkpoint: Path) -> str:
-    """Of a training's checkpoint, which may have hundreds of gigabytes: the sizes of its files and bytes from all over
-    them. Another training, or another step, differs in nearly every byte."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(checkpoint)} {size}".encode())
-        with file.open("rb") as stream:
-            for i in range(PROBES):
-                stream.seek(max(0, size - PROBE) * i // (PROBES - 1))
-                digest.update(stream.read(PROBE))
-                if size <= PROBE:
-                    break
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kinema.errors import UserError
+from kinema.families.steering import NAMES, Steering
 from kinema.sampling.lists import Ask
 from kinema.sampling.pipeline import SampleSettings
 from kinema.sampling.planning import Drawing, Plan, check_references, plan_of_asks
@@ -119,15 +120,26 @@ def _variation(
     defaults = RunDefaults(**{name: stored[name] for name in names & set(stored)})
     kept: dict[str, Any] = {"seed": own.seed, "shift": own.shift, "crf": stored.get("crf")}
     kept["tell_fps"] = "fps" in scores if scores else None
-    kept |= _kept_tiles(own, changed) | own.said
-    if changed.get("extend") == 0:
-        kept = {name: value for name, value in kept.items() if name not in ("overlap", "edit")}
-    kept |= {name: scores[name] for name in ("motion", "aesthetic") if name in scores}
     pictures = tuple(images) or tuple(map(str, own.images))
+    kept |= _kept_tiles(own, changed) | _kept_steering(own, weights, len(pictures), changed)
+    kept |= {name: scores[name] for name in ("motion", "aesthetic") if name in scores}
     told = {name: stored[name] for name in WORDED if name in stored}
     same = Ask(stored.get("text", own.prompt), pictures, told=told)
     asks = [Ask(prompt, pictures) for prompt in prompts] or [same]
     return plan_of_asks(asks, weights, {**kept, **changed}, folder, defaults=defaults)
+
+
+def _kept_steering(own: SampleSettings, weights: Weights, pictures: int, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sample was told of stretches and oscillation, but for what the changes leave nothing to act on."""
+    kept = own.said
+    lost: set[str] = set()
+    if changed.get("extend") == 0:
+        lost = {"overlap", "edit"} if pictures else {"overlap", "edit", "image_osci", "temporal_osci"}
+    steering = {name: value for name, value in {**kept, **changed}.items() if name in NAMES and name not in lost}
+    asked = Steering(**{**steering, "extend": steering.get("extend") or None})
+    if not weights.family.oscillates(asked, changed.get("guidance", own.guidance), pictures):
+        lost.add("full_steps")
+    return {name: value for name, value in kept.items() if name not in lost}
 
 
 def _kept_tiles(own: SampleSettings, changed: Mapping[str, Any]) -> dict[str, Any]:

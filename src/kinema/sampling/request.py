@@ -115,8 +115,8 @@ def check_image_count(family: Family, images: Sequence[Path | str], name: str = 
 
 
 def check_image_guidance(family: Family, scale: float | None, name: str = "--image-guidance") -> None:
-    """UserError if a scale is given and the family's pipeline has none."""
-    if scale is not None and family.variant.sampling.image_guidance is None:
+    """UserError if a scale is given and nothing would read it."""
+    if scale is not None and not family.has_image_guidance:
         raise UserError(f"{name}: {family.variant.name} has no guidance of its own for pictures; leave it away.")
 
 

@@ -113,12 +113,15 @@ COLUMNS = {name: one for name, one in SETTINGS.items() if one.column}
 
 def read_options(values: Mapping[str, Any]) -> dict[str, Value | None]:
     """The settings among these arguments, checked; UserError names the option."""
-    found: dict[str, Value | None] = {}
-    for name, one in SETTINGS.items():
-        value = values[name]
-        try:
-            empty = value is None or (name == "negative" and value == "")
-            found[name] = value if empty else one.read(value)
-        except UserError:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {one.expected}.") from None
-    return found
+    return {name: read_option(name, values[name]) for name in SETTINGS}
+
+
+def read_option(name: str, value: Any, prefix: str = "") -> Value | None:
+    """The setting of this name from an option's value; ``prefix`` is in the option's name besides."""
+    one = SETTINGS[name]
+    if value is None or (name == "negative" and value == ""):
+        return value  # type: ignore[no-any-return]
+    try:
+        return one.read(value)
+    except UserError:
+        raise UserError(f"--{prefix}{name.replace('_', '-')} {value}: expected {one.expected}.") from None

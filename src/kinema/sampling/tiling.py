@@ -6,7 +6,7 @@ near their edges a little, so that they are a setting of the sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -32,12 +32,6 @@ def check_tiling(family: Family, tiling: str, size: int | None, frames: int | No
         raise UserError(f"--tiling off and {given} do not go together: give one of them.")
     if tiling == "on" or size is not None or frames is not None:
         set_tiles(family.empty("autoencoder"), tiling, size, frames)
-
-
-def check_all_tiles(family: Family, settings: Iterable[SampleSettings]) -> None:
-    """`check_tiling` of these samples."""
-    for tiling, size, frames in {(one.tiling, one.tile_size, one.tile_frames) for one in settings}:
-        check_tiling(family, tiling, size, frames)
 
 
 @contextmanager

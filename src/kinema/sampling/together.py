@@ -1,6 +1,8 @@
 """Processes that draw each sample together: those of a sequence hold the same pipeline, a part of the tokens each.
 
-All of them run the whole pipeline on the same noise and come to the same pixels; the first one writes.
+All of them run the whole pipeline on the same noise and come to the same pixels; the first one writes. Where the
+autoencoder works in tiles, each decodes some (`kinema.sampling.shared_tiles`). A watch ends all of them where one has
+died or hangs.
 """
 
 from __future__ import annotations
@@ -8,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar, get_args
 
+from kinema.config.schema import SequenceAttention
 from kinema.errors import ConfigError, UserError
+from kinema.sampling.watched import WatchedSteps
+from kinema.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +75,17 @@ class Rank:
             raise
 
 
+def sequence_attention(asked: str | None, size: int) -> SequenceAttention:
+    """What ``--sp-attention`` says; UserError for what it cannot be."""
+    if asked is not None and size == 1:
+        raise UserError(f"--sp-attention {asked} is for processes that draw each sample together: give --sp too.")
+    known: tuple[SequenceAttention, ...] = get_args(SequenceAttention)
+    for one in known:
+        if (asked or "ulysses") == one:
+            return one
+    raise UserError(f"--sp-attention {asked}: expected {' or '.join(known)}{did_you_mean(str(asked), known)}")
+
+
 def check_together(size: int, family: Family) -> None:
     """ConfigError if so many processes cannot draw a sample together."""
     if size > 1:
@@ -83,6 +99,9 @@ class Together:
     """The processes that draw with this one; ``world`` None: none does."""
 
     world: World | None = None
+    attention: SequenceAttention = "ulysses"
+    steps: WatchedSteps = field(default_factory=WatchedSteps)
+    """Where the pipeline tells what it has done."""
 
     def agreed(self, value: Value) -> Value:
         """The first one's value, on all of them. They all come here, so what it has written by then is there."""
@@ -97,27 +116,33 @@ class Together:
         return values[0]
 
     def split(self, family: Family, parts: Parts) -> None:
-        """Let them share the sequences of the networks, in place, where those can be shared."""
+        """Let them share the sequences of the networks and the tiles of the autoencoder, in place, where there are
+        some to share."""
         if self.world is None:
             return
         from kinema.parallel.sequence import split_sequences
+        from kinema.sampling.shared_tiles import share_tiles
 
         for name, part in parts.items():
             if name.startswith("network"):
-                split_sequences(part, family.blocks(part), self.world)
+                split_sequences(part, family.blocks(part), self.world, self.attention)
+        if "autoencoder" in parts:
+            share_tiles(parts["autoencoder"], self.world)
 
 
 @contextmanager
-def together(size: int, device: torch.device) -> Iterator[Together]:
+def together(size: int, device: torch.device, attention: SequenceAttention = "ulysses") -> Iterator[Together]:
     """Join the processes that share each sequence, ``size`` at a time; torchrun has started them."""
     if size == 1:
         yield Together()
         return
     from kinema.config.schema import ParallelConfig
     from kinema.parallel.mesh import start, stop
+    from kinema.parallel.watch import Watch
 
     world = start(ParallelConfig(sp=size), device.type)
     try:
-        yield Together(world)
+        with Watch(world) as watch:
+            yield Together(world, attention, WatchedSteps(watch))
     finally:
         stop()

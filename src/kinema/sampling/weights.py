@@ -16,6 +16,7 @@ from kinema.config.model import PartConfig
 from kinema.config.schema import Config, ModelConfig
 from kinema.errors import UserError
 from kinema.families.base import Family, Parts
+from kinema.families.from_runs import in_checkpoint
 from kinema.families.registry import family_class, family_names, open_family
 from kinema.runs.checkpoint_list import Checkpoint, list_checkpoints
 from kinema.runs.exports import DESCRIPTION, read_export, step_of
@@ -36,7 +37,8 @@ class Weights:
     config: Config | None = None
     """The run's, if weights are a run's."""
     checkpoint: Path | None = None
-    """Trained weights that are laid over the base, if they come from a checkpoint."""
+    """The checkpoint that trained weights come from, if they do. ``family`` finds parts that trained whole there,
+    averaged where it has an average; adapters, and weights that are not averaged, are laid over what it finds."""
     ema: bool = True
     """Take a checkpoint's averaged weights where it has them."""
     adapters: tuple[tuple[Path, float], ...] = ()
@@ -190,7 +192,9 @@ def _of_run(run: Path, ema: bool) -> Weights:
 
 
 def _of_checkpoint(run: Path, config: Config, checkpoint: Checkpoint, ema: bool) -> Weights:
-    family = open_family(_free(config.model), config.run.seed)
+    """Parts that trained whole are taken from the checkpoint itself: what the run began with may be gone."""
+    model = config.model if config.adapter is not None else in_checkpoint(config.model, checkpoint.path)
+    family = open_family(_free(model), config.run.seed)
     return Weights(family, f"{run.resolve().name} at step {checkpoint.step}", config, checkpoint.path, ema)
 
 
@@ -233,7 +237,7 @@ def load_parts(weights: Weights, device: torch.device | str, dtype: torch.dtype)
         place = device if part == "network" else "cpu"
         parts[part] = family.load(part, place, dtype if is_network else family.part_dtype(part, dtype))
     trained: Mapping[str, nn.Module] = {}
-    if weights.checkpoint is not None and weights.config is not None:
+    if weights.checkpoint is not None and weights.config is not None and (weights.config.adapter or not weights.ema):
         trained = {part: parts[part] for part in family.trained_parts()}
         _lay_over(weights, trained, weights.checkpoint)
     from kinema.adapters.files import fold_file

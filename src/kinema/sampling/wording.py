@@ -27,8 +27,14 @@ class Wording:
     model: str | None = None
 
 
+def check_wording(weights: Weights, wording: Wording) -> None:
+    """UserError where prompts are no descriptions that could be refined."""
+    if wording.refined and "controls" in weights.family.variant.conditions:
+        raise UserError("--refine-prompt: an instruction to edit a picture is used as it is written; leave it away.")
+
+
 def without_dynamic(ask: Ask) -> Ask:
-    """The ask of a row that is not drawn: nobody is asked for its score."""
+    """The ask without a score that a chat model has yet to give."""
     if ask.options.get("motion") != DYNAMIC:
         return ask
     return replace(ask, options={**ask.options, "motion": None})
@@ -49,8 +55,6 @@ def worded(
     wanted = [ask for ask in asks if wording.refined or is_scored(ask)]
     if not wanted:
         return list(asks)
-    if wording.refined and "controls" in weights.family.variant.conditions:
-        raise UserError("--refine-prompt: an instruction to edit a picture is used as it is written; leave it away.")
     from kinema.prompts.chat import chat_from_environment
     from kinema.prompts.prepare import Wish, prepare
 

@@ -224,12 +224,11 @@ def _untouched(trainer: Trainer, networks: Mapping[str, nn.Module]) -> Iterator[
 
 def _fixed_share(trainer: Trainer, device: TrialMemory) -> float:
     """What every step takes, whatever its batch: what is there already, and the gradients."""
-    from torch.distributed.tensor import DTensor
+    from kinema.optim.gradients import local_part
 
-    gradients = sum(
-        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes
-        for parameter in trainer.parameters.values()
-    )
+    here = trainer.world.device.type  # shards and their gradients may be in the host's memory
+    parts = [local_part(parameter) for parameter in trainer.parameters.values()]
+    gradients = sum(part.nbytes for part in parts if part.device.type == here)
     return max(trainer.world.gather_objects((device.held() + gradients) / device.budget))
 
 

@@ -48,6 +48,7 @@ def _squared_norm(place: Place, gradients: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
     square = torch.stack(norms).square().sum()
     if mesh is not None:
+        square = square.to(mesh.device_type)  # of shards in the host's memory too: the device's links are the fast ones
         for dimension, placement in enumerate(placements):
             assert not placement.is_partial(), "gradients are summed before they are clipped"
             if not placement.is_replicate() and mesh.size(dimension) > 1:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from kinema.memory.dry_arithmetic import DryArithmetic
 from kinema.memory.dry_run import DryRun
-from kinema.parallel.plan_memory import OUTSIDE, Pass, Segment
+from kinema.parallel.paper import Exchanged
+from kinema.parallel.plan_model import OUTSIDE, Pass, Segment
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,15 @@ class Run:
 class Recorder:
     """Cuts a forward and a backward pass into segments, at the calls of blocks and where gradients reach them."""
 
-    def __init__(self, run: DryRun, arithmetic: DryArithmetic) -> None:
-        self.run, self.arithmetic = run, arithmetic
+    def __init__(self, run: DryRun, arithmetic: DryArithmetic, given: Exchanged) -> None:
+        self.run, self.arithmetic, self.given = run, arithmetic, given
         self.forward: list[Segment] = []
         self.backward: list[Segment] = []
         self._into = self.forward
         self._block = OUTSIDE
         self._start = (0, 0, 0, 0)
-        self._carried = 0
+        self._given = (0, 0, 0)
+        self._made = 0
         self._outputs: set[int] = set()
 
     def start(self) -> None:
@@ -50,6 +52,7 @@ class Recorder:
     def cut(self, block: int) -> None:
         """End the segment, begin another."""
         run, (live, flops, casts, attention) = self.run, self._start
+        sent = [now - then for now, then in zip(self.given.counts, self._given, strict=True)]
         self._into.append(
             Segment(
                 self._block,
@@ -60,15 +63,19 @@ class Recorder:
                 casts=self.arithmetic.casts - casts,
                 flops=run.flops - flops,
                 attention=self.arithmetic.attention - attention if self._into is self.forward else 0,
-                carried=self._carried,
+                made=self._made,
+                reduced=sent[0],
+                gathered=sent[1],
+                exchanged=sent[2],
             )
         )
-        self._carried = 0
+        self._made = 0
         self._open(block)
 
     def _open(self, block: int) -> None:
         self._block = block
         self._start = (self.run.live, self.run.flops, self.arithmetic.casts, self.arithmetic.attention)
+        self._given = self.given.counts
         self.run.mark()
 
     @contextmanager
@@ -78,7 +85,8 @@ class Recorder:
         for number, path in enumerate(paths):
             block = network.get_submodule(path)
             handles.append(block.register_forward_pre_hook(self._before(number), with_kwargs=True))
-            handles.append(block.register_forward_hook(self._after(number)))
+            # What sequence parallel puts together after the last block is none of the block's own.
+            handles.append(block.register_forward_hook(self._after(number), prepend=True))
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         handles += [p.register_post_accumulate_grad_hook(self._gradient) for p in trained]
         try:
@@ -100,7 +108,6 @@ class Recorder:
                     self._outputs.add(id(value.grad_fn))
                     value.register_hook(lambda _: self._reached(OUTSIDE))
             self.cut(number)
-            self._carried = max((v.nbytes for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)), default=0)
 
         return hook
 
@@ -110,6 +117,7 @@ class Recorder:
                 if isinstance(value, Tensor) and value.grad_fn is not None:
                     self._outputs.add(id(value.grad_fn))
                     value.register_hook(lambda _: self._reached(number))
+            self._made = sum(value.nbytes for value in tree_leaves(output) if isinstance(value, Tensor))
             self.cut(OUTSIDE)
 
         return hook

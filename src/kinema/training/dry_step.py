@@ -3,12 +3,14 @@ without weights, data or a GPU."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,10 @@ from kinema.families.tensor_plans import tensor_plan
 from kinema.memory.dry_arithmetic import DryArithmetic
 from kinema.memory.dry_run import DryRun
 from kinema.objectives.base import Draws
-from kinema.parallel.plan_memory import OUTSIDE, Pass, Weight
+from kinema.parallel.paper import Exchanged, PaperWorld
+from kinema.parallel.plan_model import OUTSIDE, Pass, Weight
+from kinema.parallel.sequence import split_sequences
+from kinema.parallel.tensor import split_matrices
 from kinema.plugins import OBJECTIVES
 from kinema.training.dry_segments import Recorder, Run, expanded
 from kinema.training.networks import FamilyDenoiser
@@ -39,7 +44,7 @@ Plan = Mapping[str, "LayerPlan"]
 class DryNetworks:
     """The networks that a configuration trains, without weights: whole to be counted, and shortened to be run.
 
-    Blocks that are alike need not all run: of each row of them the first two stay, and the second stands for the rest.
+    Blocks that are alike need not all run: of each row of them a few stay, and stand for the rest (`shorten`).
     ``precision``: what is computed in, "fp32", "bf16" or "fp16".
     """
 
@@ -56,6 +61,7 @@ class DryNetworks:
         self.networks: dict[str, nn.Module] = {}
         self.runs: list[Run] = []
         """Of the first network: experts are alike, and one of them takes a step."""
+        self._peers: dict[tuple[int, int], tuple[dict[str, nn.Module], Exchanged]] = {}
         self.blocks = 0
         self.units: tuple[str, ...] = ()
         self.unit_of: tuple[int, ...] = ()
@@ -87,7 +93,7 @@ class DryNetworks:
         blocks = [block for group in family.blocks(network).values() for block in group]
         numbers = {paths[id(block)]: number for number, block in enumerate(blocks)}
         first = not self.networks
-        self.weights += _weights(network, numbers, config, plan, in_float8, takes_part=first)
+        weights = _weights(network, numbers, config, plan, in_float8, takes_part=first)
         self.buffers += sum(buffer.nbytes for buffer in network.buffers())
         if first:
             self.units = tuple(unit.name for unit in pipeline_units(network, family.blocks(network)))
@@ -98,30 +104,41 @@ class DryNetworks:
 
             add_planned(network, config.adapter, renamed, config.run.seed)
         self.networks[part] = network.train()
+        self.weights += _travelling(weights, network, runs, list(numbers), torch_dtype(self.precision))
         if first:
             self.runs, self.blocks = runs, len(blocks)
 
-    def run(self, bucket: Bucket, samples: int, checkpointing: bool, text_tokens: int | None = None) -> Pass:
-        """One micro-batch of ``samples`` samples of a bucket, forward and backward."""
+    def run(
+        self,
+        bucket: Bucket,
+        samples: int,
+        checkpointing: bool,
+        text_tokens: int | None = None,
+        sp: int = 1,
+        tp: int = 1,
+    ) -> Pass:
+        """One micro-batch of ``samples`` samples of a bucket, forward and backward, as the first of ``sp`` x ``tp``
+        processes does it that share its sequences and matrices."""
+        networks, given = self._shared(sp, tp)
         controls = max((len(source.controls) for source in self.config.data.sources), default=0)
         tensors = sample_tensors(self.family, bucket, text_tokens, controls)
         rows = {name: [value] * samples for name, value in tensors.items()}
         batch = Batch(0, rows, [""] * samples, list(range(samples)), [1 / samples] * samples)
         objective = OBJECTIVES.load(self.config.objective.type)(self.config.objective, self.family)
-        denoisers = {"student": FamilyDenoiser(self.family, self.networks)}
+        denoisers = {"student": FamilyDenoiser(self.family, networks)}
         dry = DryRun()
         arithmetic = DryArithmetic(dry, torch_dtype(self.precision))
-        for network in self.networks.values():
+        for network in networks.values():
             dry.exclude([*network.parameters(), *network.buffers()])
-        recorder = Recorder(dry, arithmetic)
+        recorder = Recorder(dry, arithmetic, given)
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of a kernel's choice
             if checkpointing:
-                groups = [self.family.blocks(network).values() for network in self.networks.values()]
+                groups = [self.family.blocks(network).values() for network in networks.values()]
                 blocks = itertools.chain.from_iterable(itertools.chain.from_iterable(groups))
                 stack.enter_context(arithmetic.checkpointed(blocks))
-            for network in self.networks.values():
+            for network in networks.values():
                 stack.enter_context(recorder.watching(network, [run.path for run in self.runs]))
             stack.enter_context(dry)
             stack.enter_context(arithmetic())
@@ -132,6 +149,19 @@ class DryNetworks:
             loss.total.backward()
             recorder.cut(OUTSIDE)
         return expanded(Pass(tuple(recorder.forward), tuple(recorder.backward)), self.runs)
+
+    def _shared(self, sp: int, tp: int) -> tuple[dict[str, nn.Module], Exchanged]:
+        """The networks as one of these peers has them, and what counts the bytes that it exchanges."""
+        if sp * tp == 1:
+            return self.networks, Exchanged()
+        if (sp, tp) not in self._peers:
+            world = PaperWorld.of(sp, tp)
+            networks = {part: copy.deepcopy(network) for part, network in self.networks.items()}
+            for network in networks.values():
+                split_matrices(network, world)
+                split_sequences(network, self.family.blocks(network), world, self.config.parallel.attention)
+            self._peers[sp, tp] = networks, world.given
+        return self._peers[sp, tp]
 
 
 def _convert(network: nn.Module, dtype: torch.dtype) -> None:
@@ -144,8 +174,8 @@ def _convert(network: nn.Module, dtype: torch.dtype) -> None:
 
 def _weights(
     network: nn.Module, numbers: Mapping[str, int], config: Config, plan: Plan, in_float8: bool, takes_part: bool
-) -> list[Weight]:
-    """Every tensor of a network and of its adapter. ``takes_part``: whether it gets gradients in a step."""
+) -> dict[str, Weight]:
+    """Every tensor of a network and of its adapter, by name. ``takes_part``: whether it gets gradients in a step."""
     from kinema.adapters.preflight import planned
     from kinema.adapters.targets import adaptable_modules
 
@@ -159,39 +189,81 @@ def _weights(
     matrices = {name for name, value in trained.items() if of[name] != OUTSIDE and value.ndim == 2}
     states = _optimizer_state(trained, matrices, config)
     shared = _shared_layers(network)
-    weights = []
+    weights = {}
     for name, (value, trains) in tensors.items():
         inside = of[name] != OUTSIDE
         size = value.nbytes
         if in_float8 and not trains and inside and value.ndim == 2 and name.endswith(".weight"):
             size = value.numel() + 4 * value.shape[0]
         average = value.numel() * max(4, value.itemsize) if trains and config.training.ema is not None else 0
-        weights.append(
-            Weight(
-                block=of[name],
-                elements=value.numel(),
-                rows=value.shape[0] if value.ndim else 1,
-                bytes=size,
-                trains=trains,
-                gradient=value.nbytes if trains and takes_part else 0,
-                state=states.get(name, 0),
-                average=average,
-                splits=value.ndim == 2 and any(pattern.fullmatch(name) for pattern in shared),
-                adapts=config.adapter is not None and trains,
-            )
+        weights[name] = Weight(
+            block=of[name],
+            elements=value.numel(),
+            rows=value.shape[0] if value.ndim else 1,
+            bytes=size,
+            trains=trains,
+            gradient=value.nbytes if trains and takes_part else 0,
+            state=states.get(name, 0),
+            average=average,
+            splits=next((how for pattern, how in shared if pattern.fullmatch(name)), None),
+            adapts=config.adapter is not None and trains,
         )
     return weights
+
+
+def _travelling(
+    weights: Mapping[str, Weight], network: nn.Module, runs: list[Run], paths: list[str], compute: torch.dtype
+) -> list[Weight]:
+    """The weights, with what FSDP2 gathers in the type of computing and what it leaves whole; ``network`` is
+    shortened, ``paths`` are those of the blocks of the whole one."""
+    from kinema.parallel.fsdp import short_parameters
+
+    short: dict[int, set[str]] = {}
+    for run in runs:
+        block = network.get_submodule(run.path)
+        chosen = short_parameters(block, compute)
+        if chosen:
+            mine = {_plain(name) for name, parameter in block.named_parameters() if parameter in chosen}
+            short |= dict.fromkeys(run.numbers, mine)
+    found = []
+    for name, weight in weights.items():
+        names = short.get(weight.block)
+        if names is None:
+            found.append(weight)
+        elif name.removeprefix(f"{paths[weight.block]}.") in names:
+            found.append(replace(weight, cast=weight.elements * compute.itemsize))
+        else:
+            found.append(replace(weight, stays=True))
+    return found
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what adapters put around its layer."""
+    return ".".join(word for word in name.split(".") if word not in ("base_layer", "default"))
 
 
 def _unit_of(path: str, units: tuple[str, ...]) -> int:
     return next(number for number, unit in enumerate(units) if path == unit or path.startswith(f"{unit}."))
 
 
-def _shared_layers(network: nn.Module) -> list[re.Pattern[str]]:
-    """Names of the weights that tensor parallel shares."""
+Splits = Literal["rows", "columns"]
+
+
+def _shared_layers(network: nn.Module) -> list[tuple[re.Pattern[str], Splits]]:
+    """Names of the weights that tensor parallel shares, and along what."""
     plan = tensor_plan(network)
-    names = [] if plan is None else [name for name, split in plan.layers.items() if split.kind != "head_norm"]
-    return [re.compile(re.escape(name).replace(r"\*", "[^.]+") + r"(\.(weight|lora_[AB]\.weight))?") for name in names]
+    found: list[tuple[re.Pattern[str], Splits]] = []
+    for name, split in {} if plan is None else plan.layers.items():
+        layer = re.escape(name).replace(r"\*", "[^.]+")
+        kinds: dict[Splits, str] = {"rows": r"(\.weight|\.bias)"}
+        if split.kind == "column":
+            kinds = {"rows": r"(\.weight|\.bias|\.lora_B\.weight)"}
+        elif split.kind == "row":
+            kinds = {"columns": r"(\.weight|\.lora_A\.weight)"}
+        elif split.kind == "head_norm":
+            kinds = {}
+        found += [(re.compile(layer + parameters), how) for how, parameters in kinds.items()]
+    return found
 
 
 def _block_of(name: str, numbers: Mapping[str, int]) -> int:
@@ -230,21 +302,27 @@ def shorten(network: nn.Module, family: Family, plan: Plan) -> tuple[list[Run], 
     for group in family.blocks(network).values():
         path = paths.get(id(group))
         kept: list[nn.Module] = []
-        for _, alike in itertools.groupby(group, key=lambda block: _kind(block, paths[id(block)], plan)):
-            row = list(alike)
-            stay = len(row) if path is None else min(2, len(row))
-            for place, block in enumerate(row[:stay]):
-                own = paths[id(block)]
+        alike = itertools.groupby(group, key=lambda block: _kind(block, paths[id(block)], plan))
+        rows = [list(row) for _, row in alike]
+        for row in rows:
+            places = range(len(row)) if path is None else _standing(len(row), row is rows[-1])
+            for place, end in itertools.pairwise([*places, len(row)]):
+                own = paths[id(row[place])]
                 new = own if path is None else f"{path}.{len(kept)}"
-                last = number + place + 1 if place + 1 < stay else number + len(row)
-                runs.append(Run(new, range(number + place, last)))
+                runs.append(Run(new, range(number + place, number + end)))
                 moved[own] = new
-                kept.append(block)
+                kept.append(row[place])
             number += len(row)
         if path is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(network.get_submodule(parent), leaf, nn.ModuleList(kept))
     return runs, _renamed(network, plan, moved)
+
+
+def _standing(count: int, ends: bool) -> list[int]:
+    """Which of so many blocks that are alike stay: the first, which may have no gradient to pass on; the second, for
+    all that follow; and the last of a list, of whose outputs some may go nowhere."""
+    return sorted({0, min(1, count - 1), count - 1} if ends else {0, min(1, count - 1)})
 
 
 def _kind(block: nn.Module, path: str, plan: Plan) -> tuple[Any, ...]:

@@ -14,20 +14,26 @@ An export is a directory ``step-00001000`` in the run's ``exports``:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from kinema.adapters.model import COMFYUI_PREFIX
+from kinema.adapters.store import STEM, Writer
 from kinema.adapters.write import DIFFUSERS_FILE, by_file, file_metadata, save_adapter
 from kinema.config.schema import Config, ModelConfig
 from kinema.config.write import to_toml
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.runs.exports import DESCRIPTION, EXPORT, list_exports
+from kinema.sizes import readable_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +41,12 @@ if TYPE_CHECKING:
 
     from kinema.adapters.state import Adapter
     from kinema.families.base import Family
+    from kinema.families.conversion import Stream
     from kinema.parallel.mesh import World
+    from kinema.parallel.packing import Packing
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SHARD_BYTES = 5 * 10**9
 """Largest file of a diffusers directory."""
@@ -54,52 +65,89 @@ def export_weights(
     ``Ema.swapped()`` the averaged weights are written. Returns the export's directory. UserError on every
     rank if the disk refuses.
     """
-    from safetensors import SafetensorError
-
     target = root / f"{EXPORT}{step:08d}"
-    is_adapter = config.adapter is not None
-    dtype = torch_dtype(config.export.dtype)
-    states = {part: _gathered(one, is_adapter, dtype, world) for part, one in networks.items()}
-    adapters = [_adapter(one, part, states[part], world) for part, one in networks.items() if is_adapter]
-    problem = None
-    if world.is_main:
-        partial = root / f"{_WRITING}{target.name}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            job = _Writing(partial, step, family, config, tuple(networks))
-            if is_adapter:
-                _write_adapters(job, adapters)
-            for part, state in states.items() if not is_adapter else ():
-                _write_network(job, part, state, networks[part])
-            _write_description(job)
-            _publish(partial, target)
-            _rotate(root, config.export.keep)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            why = getattr(error, "strerror", None) or error
-            problem = f"cannot write the export {target}: {why}. Free some space or change run.dir."
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
+    job = _Writing(root / f"{_WRITING}{target.name}", step, family, config, tuple(networks))
+    attempt = _Attempt(world)
+    if config.adapter is not None:
+        states = {part: _gathered(one, job.dtype, world) for part, one in networks.items()}
+        adapters = [_adapter(one, part, states[part], world) for part, one in networks.items()]
+        attempt(_begin, job, 0)
+        attempt(_write_adapters, job, adapters)
+    else:
+        _write_networks(job, networks, world, attempt)
+    attempt(_write_description, job)
+    attempt(_publish, job.directory, target)
+    attempt(_rotate, root, config.export.keep)
+    if attempt.failed():
+        if world.is_main:
+            shutil.rmtree(job.directory, ignore_errors=True)
+        raise UserError(f"cannot write the export {target}: {attempt.problem}. Free some space or change run.dir.")
     return target
 
 
-def _gathered(network: nn.Module, is_adapter: bool, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
-    """The weights on the CPU, whole, in ``dtype``, by their diffusers names; empty on all but the main rank."""
-    from kinema.adapters.inject import adapter_state, diffusers_name
-    from kinema.parallel.lanes import collected
-    from kinema.parallel.packing import packings, whole
+class _Attempt:
+    """What the main process does with files, one action after the other. The first that the disk refuses ends it, while
+    the other processes go on giving it tensors."""
 
-    state: dict[str, Tensor] = {}
-    packed = packings(network)
-    if is_adapter:
-        packed = {diffusers_name(name) or name: packing for name, packing in packed.items()}
-    here = adapter_state(network) if is_adapter else network.state_dict()
-    for name, value in collected(here, lambda name, value: whole(value, packed.get(name)).detach(), world):
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.problem: str | None = None
+        """Why the disk refused, in words."""
+
+    def __call__(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """The action's result; None on the other processes, and once one was refused."""
+        if not self._world.is_main or self.problem is not None:
+            return None
+        from safetensors import SafetensorError
+
+        try:
+            return action(*args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            self.problem = getattr(error, "strerror", None) or str(error)
+            return None
+
+    def failed(self) -> bool:
+        """Whether it was refused, on every process; they call this together."""
+        self.problem = self._world.broadcast_object(self.problem)
+        return self.problem is not None
+
+
+def _begin(job: _Writing, need: int) -> None:
+    """An empty directory on a disk that has ``need`` bytes left; OSError."""
+    from kinema.runs.checkpoint_files import free_bytes
+
+    shutil.rmtree(job.directory, ignore_errors=True)
+    job.directory.mkdir(parents=True)
+    free = free_bytes(job.directory)
+    if need > free:
+        why = f"it takes {readable_bytes(need)}, and {readable_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, why)
+
+
+def _gathered(network: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+    """The weights of an adapter on the CPU, whole, in ``dtype``, by their diffusers names; empty on all but the main
+    process."""
+    from kinema.adapters.inject import adapter_state, diffusers_name
+    from kinema.parallel.packing import packings
+
+    packed = {diffusers_name(name) or name: packing for name, packing in packings(network).items()}
+    found = {}
+    for name, value in _whole(adapter_state(network), packed, world):
         if world.is_main:
-            state[name] = (value.to(dtype) if value.is_floating_point() else value).cpu()
-    return state
+            found[name] = _typed(value, dtype).cpu()
+    return found
+
+
+def _whole(state: Mapping[str, Tensor], packed: Mapping[str, Packing], world: World) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors one at a time, as `parallel.lanes.collected`."""
+    from kinema.parallel.lanes import collected
+    from kinema.parallel.packing import whole
+
+    return collected(state, lambda name, value: whole(value, packed.get(name)).detach(), world)
+
+
+def _typed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _adapter(network: nn.Module, part: str, state: dict[str, Tensor], world: World) -> Adapter:
@@ -169,56 +217,76 @@ def _write_adapters(job: _Writing, adapters: Sequence[Adapter]) -> None:
             save_adapter(file, layout, sharing, job.family, metadata=job.metadata(), dtype=job.dtype)
 
 
-def _write_network(job: _Writing, part: str, state: Mapping[str, Tensor], network: nn.Module) -> None:
-    from safetensors.torch import save_file
+def _write_networks(job: _Writing, networks: Mapping[str, nn.Module], world: World, attempt: _Attempt) -> None:
+    """Write whole networks in every layout, a tensor at a time: on the main process no more of them is in memory than
+    what a layout makes one tensor of. All processes call it."""
+    from kinema.parallel.packing import packings
 
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    metadata = {"format": "pt", **job.metadata()}
+    entries = {part: _entries(network, job.dtype, world) for part, network in networks.items()}
+    need = sum(one.nbytes for of_part in entries.values() for one in of_part.values())
+    attempt(_begin, job, need * len(job.config.layouts))
+    for part, network in networks.items():
+        if attempt.failed():
+            return
+        with ExitStack() as stack:
+            files = attempt(_open, job, part, entries[part], network, stack) or []
+            for name, value in _whole(network.state_dict(), packings(network), world):
+                if files and attempt.problem is None:
+                    here = _typed(value, job.dtype).cpu()
+                    for stream, _ in files:
+                        attempt(stream.put, name, here)
+            for _, writer in files:
+                attempt(writer.close)
+
+
+def _entries(network: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+    """Tensors without values for what is written of a network, with those of a pipeline's other stages."""
+    import torch
+
+    mine = [
+        (name, value.shape, dtype if value.is_floating_point() else value.dtype)
+        for name, value in network.state_dict().items()
+    ]
+    of_all = world.gather_objects(mine) if world.sizes.pp > 1 else [mine]
+    kinds = {name: (shape, kind) for theirs in of_all for name, shape, kind in theirs}
+    return {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in kinds.items()}
+
+
+def _open(
+    job: _Writing, part: str, entries: Mapping[str, Tensor], network: nn.Module, stack: ExitStack
+) -> list[tuple[Stream, Writer]]:
+    """The files of a part in every layout, laid out, and what takes its tensors; the stack lets go of those that are
+    not closed."""
+    from kinema.families.conversion import Stream, traced
+
+    metadata, files = job.metadata(), []
     is_network = part.startswith("network")
     for layout, place in job.places(part).items():
         path = job.directory / place
         path.parent.mkdir(exist_ok=True)
-        if layout == "diffusers":
-            path.mkdir()
+        is_folder = layout == "diffusers"
+        # Original names of a text encoder are those that every version of transformers reads.
+        conversion = traced(dict if is_folder and is_network else partial(job.family.to_original, part=part), entries)
+        prefix = COMFYUI_PREFIX if is_network and not is_folder else ""
+        results = {f"{prefix}{name}": value for name, value in conversion.results.items()}
+        stem = STEM if is_network else "model"
+        writer = Writer(path, results, metadata, SHARD_BYTES if is_folder else None, stem)
+        stack.callback(writer.abandon)
+        if is_folder:
             (path / "config.json").write_text(_network_config(network), encoding="utf-8")
-            # Original names of a text encoder are those that every version of transformers reads.
-            ours = tensors if is_network else job.family.to_original(tensors, part)
-            _write_shards(path, "diffusion_pytorch_model" if is_network else "model", ours, metadata)
-        else:
-            prefix = "model.diffusion_model." if is_network else ""
-            original = job.family.to_original(tensors, part)
-            save_file({f"{prefix}{name}": v.contiguous() for name, v in original.items()}, path, metadata)
+        files.append((Stream(conversion, partial(_write_below, writer, prefix)), writer))
+    return files
 
 
-def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """diffusers' (or transformers') file names, and their index where there are several files."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    split = split_torch_state_dict_into_shards(
-        tensors,
-        filename_pattern=f"{stem}{{suffix}}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
-    for filename, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / filename, metadata)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+def _write_below(writer: Writer, prefix: str, name: str, value: Tensor) -> None:
+    writer.write(f"{prefix}{name}", value)
 
 
 def _network_config(network: nn.Module) -> str:
-    """diffusers' or transformers' ``config.json``, under the name of the class that FSDP2 derived from."""
-    from torch.distributed.fsdp import FSDPModule
+    """diffusers' or transformers' ``config.json``."""
+    from kinema.runs.trained import configuration
 
-    name = next(kind.__name__ for kind in type(network).__mro__ if not issubclass(kind, FSDPModule))
-    if hasattr(network, "to_json_string"):
-        facts = json.loads(network.to_json_string()) | {"_class_name": name}
-    else:
-        facts = json.loads(network.config.to_json_string()) | {"architectures": [name]}
-    facts.pop("_name_or_path", None)  # a path on this machine
-    return json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    return json.dumps(configuration(network), indent=2, sort_keys=True) + "\n"
 
 
 def _write_description(job: _Writing) -> None:

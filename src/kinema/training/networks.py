@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch
 from kinema.dtypes import torch_dtype
+from kinema.errors import ConfigError
 from kinema.families.base import Family, NoisePath, Prepared
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kinema.adapters.preflight import Plans
     from kinema.adapters.targets import LayerPlan
     from kinema.families.pipeline_plans import Unit
+    from kinema.parallel.fsdp import Sharding
     from kinema.parallel.mesh import World
     from kinema.parallel.pipeline import Pipeline
     from kinema.training.checkpoint import Checkpointer
@@ -79,6 +81,8 @@ def check_networks(config: Config, family: Family) -> Plans:
         from kinema.parallel.sequence import check_sequence_parallel
 
         check_sequence_parallel(config.parallel.sp, "parallel.sp", family, family.trained_parts())
+    if config.parallel.dp_shard > 1:
+        check_one_type(config, family)
     if config.model.random_weights and config.adapter is None:
         return {}
     networks = {part: family.load(part, "meta", None) for part in family.trained_parts()}
@@ -89,15 +93,37 @@ def check_networks(config: Config, family: Family) -> Plans:
     return check_adapter(config.adapter, config.layouts, modules, defaults, family)
 
 
+def check_one_type(config: Config, family: Family) -> None:
+    """ConfigError for a network whose weights would train in several types, which FSDP2 cannot shard: one that is
+    loaded in a short type, but for some of its layers. Reads no weights."""
+    from kinema.families.loading import kept_in_float32
+
+    for part in family.trained_parts():
+        stored = getattr(config.model, part).dtype
+        if config.adapter is not None or stored in (None, "fp8"):
+            continue
+        network = family.load(part, "meta", None)
+        exact = kept_in_float32(network, torch_dtype(stored))
+        kept = [name for name, _ in network.named_parameters() if exact & set(name.split("."))]
+        if kept:
+            raise ConfigError(
+                f'model.{part}.dtype = "{stored}" leaves {len(kept)} of its weights in fp32 ({kept[0]} is the first), '
+                "and parallel.dp_shard shards weights that train in one type alone. Set "
+                f'model.{part}.dtype = "fp32" (training.precision computes in a shorter type all the same), or '
+                "parallel.dp_shard = 1."
+            )
+
+
 def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.Module]:
     """The networks that train, by part name, on their devices: with an adapter on a frozen base, or whole.
 
-    Weights that are not sharded are loaded straight onto the device. Sharded ones pass through this machine's memory:
-    processes share the pages of files of the stored type, but conversion to another type gives each process a whole
-    copy until its shards are made.
+    Weights that every process has whole are loaded straight onto the device. Others wait in their files, whose pages
+    the processes of a machine share, until the process takes its part: in this machine's memory each needs as much as
+    that and a block. (Random weights are drawn whole.)
     """
     from kinema.memory.checkpointing import checkpoint_blocks
     from kinema.memory.compile import compile_blocks
+    from kinema.networks.mapped import leaving_weights_mapped
     from kinema.parallel.data import check_equal_weights, shard
     from kinema.parallel.pipeline_stages import cut
     from kinema.parallel.sequence import split_sequences
@@ -106,12 +132,15 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     networks: dict[str, nn.Module] = {}
     plans = check_networks(config, family) if config.adapter is not None else {}
     splits = world.sizes.pp > 1 or world.sizes.tp > 1
-    place = "cpu" if world.is_sharded or splits else world.device
+    shared = world.is_sharded or splits
+    place = "cpu" if shared else world.device
+    sharding = _sharding(config) if world.is_sharded else None
     for part in family.trained_parts():
         stored = getattr(config.model, part).dtype
         if stored in (None, "fp8"):  # the latter is the family's to see to
             stored = "fp32" if config.adapter is None else config.training.precision
-        network: nn.Module = family.load(part, place, torch_dtype(stored))
+        with leaving_weights_mapped() if shared else nullcontext():
+            network: nn.Module = family.load(part, place, torch_dtype(stored))
         network.train()
         if config.adapter is None:
             network.requires_grad_(True)
@@ -121,16 +150,22 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
             check_equal_weights(network, world)
         stages = _stages(network, config, family) if world.sizes.pp > 1 and part.startswith("network") else None
         split_matrices(network, world)
-        split_sequences(network, family.blocks(network), world)
+        split_sequences(network, family.blocks(network), world, config.parallel.attention)
         if config.training.activation_checkpointing:
             checkpoint_blocks(family.blocks(network))
         if config.training.compile:
             compile_blocks(family.blocks(network))
         if stages is not None:
             cut(network, *stages, world.place["pp"], world.sizes.pp)
-        shard(network, family.blocks(network), world)
+        shard(network, family.blocks(network), world, sharding)
         networks[part] = network
     return networks
+
+
+def _sharding(config: Config) -> Sharding:
+    from kinema.parallel.fsdp import Sharding
+
+    return Sharding(config.parallel.zero, torch_dtype(config.training.precision), config.parallel.cpu_offload)
 
 
 def _stages(network: nn.Module, config: Config, family: Family) -> tuple[list[Unit], list[int]]:

@@ -17,8 +17,8 @@ from kinema.families.base import Family
 from kinema.families.registry import open_family
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes, sizes_of
-from kinema.parallel.plan import Batch, Candidate, Forecast, Found, Workload, search
-from kinema.parallel.plan_memory import Model, Pass, merged
+from kinema.parallel.plan import Batch, Candidate, Forecast, Found, Refusal, Workload, search
+from kinema.parallel.plan_model import Model, Pass, Sharding, merged
 from kinema.parallel.plan_time import MFU
 
 if TYPE_CHECKING:
@@ -45,46 +45,65 @@ class Report:
     notes: tuple[str, ...]
 
 
-def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens: int | None = None) -> Report:
-    """Forecast the plan of a configuration and search for better ones. Reads no weights and no data, fetches nothing.
+@dataclass(frozen=True)
+class Prospect:
+    """What is known of a configuration before it is laid out: what plans are made of."""
 
-    UserError where the model's configuration is nowhere at hand, and for what the meta device cannot run.
-    """
+    networks: DryNetworks
+    bucket: Bucket
+    precision: str
+    workload: Workload
+    refusal: Refusal
+
+
+def prospect(config: Config, family: Family, sizes: Sizes, text_tokens: int | None = None) -> Prospect:
+    """Read a configuration for planning; ``sizes``: the mesh by which its heaviest bucket is chosen."""
     from kinema.training.dry_step import DryNetworks
 
-    family = planning_family(config)
     precision = "bf16" if config.training.precision == "auto" else config.training.precision
     networks = DryNetworks(config, family, precision)
     parallel = config.parallel
     model = Model(
         merged(networks.weights), networks.buffers, networks.blocks, parallel.schedule, parallel.stages_per_rank,
         parallel.partition, tuple(parallel.split), networks.units, networks.unit_of,
+        parallel.attention == "ring",
     )  # fmt: skip
-    given, problem = None, ""
-    sizes = Sizes(dp_replicate=cluster.count)
-    try:
-        sizes = sizes_of(parallel, cluster.count)
-    except UserError as error:
-        problem = str(error)
     bucket = heaviest(config, family, sizes)
     passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
     workload = Workload(model, passes, batches, splits=config.training.micro_batch_size is None)
-    refusal = _refusals(config, family, workload)
-    if not problem and (reason := refusal(sizes)):
+    return Prospect(networks, bucket, precision, workload, _refusals(config, family, workload))
+
+
+def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens: int | None = None) -> Report:
+    """Forecast the plan of a configuration and search for better ones. Reads no weights and no data, fetches nothing.
+
+    UserError where the model's configuration is nowhere at hand, and for what the meta device cannot run.
+    """
+    family = planning_family(config)
+    given, problem = None, ""
+    sizes = Sizes(dp_replicate=cluster.count)
+    try:
+        sizes = sizes_of(config.parallel, cluster.count)
+    except UserError as error:
+        problem = str(error)
+    known = prospect(config, family, sizes, text_tokens)
+    sharding = Sharding(config.parallel.zero, config.parallel.cpu_offload)
+    plan = Candidate(sizes, config.training.activation_checkpointing, sharding)
+    if not problem and (reason := known.refusal(plan)):
         problem = reason[1]
     if not problem:
-        given = workload.forecast(Candidate(sizes, config.training.activation_checkpointing), cluster, mfu)
+        given = known.workload.forecast(plan, cluster, mfu)
     return Report(
         config=config,
-        title=_title(config, family, networks),
+        title=_title(config, family, known.networks),
         cluster=cluster,
         mfu=mfu,
-        bucket=bucket,
-        precision=precision,
+        bucket=known.bucket,
+        precision=known.precision,
         given=given,
         problem=problem,
-        found=search(workload, cluster, refusal, mfu),
-        encoders=encoder_bytes(config, family, precision),
+        found=search(known.workload, cluster, known.refusal, mfu),
+        encoders=encoder_bytes(config, family, known.precision),
         notes=_notes(config),
     )
 
@@ -129,26 +148,27 @@ def _batches(config: Config, family: Family, bucket: Bucket) -> Callable[[Sizes]
     return lambda sizes: _batch(config, family, bucket, sizes)
 
 
-def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[bool, int], Pass]:
+def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[bool, int, int, int], Pass]:
     """Passes of any number of samples: on the line through those of one and of two."""
 
     @cache
-    def run(checkpointing: bool, samples: int) -> Pass:
-        return networks.run(bucket, samples, checkpointing, text_tokens)
+    def run(checkpointing: bool, samples: int, sp: int, tp: int) -> Pass:
+        return networks.run(bucket, samples, checkpointing, text_tokens, sp, tp)
 
     @cache
-    def at(checkpointing: bool, samples: int) -> Pass:
-        one = run(checkpointing, 1)
-        return one if samples == 1 else one.at(run(checkpointing, 2), samples)
+    def at(checkpointing: bool, samples: int, sp: int, tp: int) -> Pass:
+        one = run(checkpointing, 1, sp, tp)
+        return one if samples == 1 else one.at(run(checkpointing, 2, sp, tp), samples)
 
     return at
 
 
-def _refusals(config: Config, family: Family, workload: Workload) -> Callable[[Sizes], tuple[str, str] | None]:
+def _refusals(config: Config, family: Family, workload: Workload) -> Refusal:
     """What the model or the batch cannot do, by the checks that a training makes when it starts."""
-    from kinema.parallel.plan_memory import blocks_of
     from kinema.parallel.sequence import check_sequence_parallel
     from kinema.parallel.tensor import check_tensor_parallel
+    from kinema.training.networks import check_one_type
+    from kinema.training.preflight import check_pipeline
 
     def message(check: Callable[[], object]) -> str | None:
         try:
@@ -157,23 +177,38 @@ def _refusals(config: Config, family: Family, workload: Workload) -> Callable[[S
             return str(error)
         return None
 
+    def asked(**sizes: int) -> Config:
+        return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
     @cache
     def of(name: str, size: int) -> str | None:
-        if name == "pp":
-            return message(lambda: blocks_of(workload.model, size))
         if name == "sp":
             return message(lambda: check_sequence_parallel(size, "parallel.sp", family, family.trained_parts()))
-        asked = config.model_copy(update={"parallel": config.parallel.model_copy(update={name: size})})
-        return message(lambda: check_tensor_parallel(asked, family))
+        return message(lambda: check_tensor_parallel(asked(tp=size), family))
 
-    def refusal(sizes: Sizes) -> tuple[str, str] | None:
-        for name in ("tp", "sp", "pp"):
+    @cache
+    def of_shards() -> str | None:
+        return _in_float8(config, family) or message(lambda: check_one_type(asked(dp_shard=2), family))
+
+    @cache
+    def of_pipeline(pp: int, tp: int, dp_shard: int, checkpointing: bool) -> str | None:
+        training = config.training.model_copy(update={"activation_checkpointing": checkpointing})
+        wanted = asked(pp=pp, tp=tp, dp_shard=dp_shard).model_copy(update={"training": training})
+        sizes = Sizes(pp=pp, dp_shard=dp_shard, tp=tp)
+        return message(lambda: check_pipeline(wanted, family, sizes))
+
+    def refusal(plan: Candidate) -> tuple[str, str] | None:
+        sizes = plan.sizes
+        for name in ("tp", "sp"):
             size = getattr(sizes, name)
             if size > 1 and (reason := of(name, size)):
                 return f"{name} = {size}", reason
-        part = next((p for p in family.trained_parts() if getattr(config.model, p).dtype == "fp8"), None)
-        if part is not None and sizes.dp_shard > 1:
-            return "dp_shard > 1", f'model.{part}.dtype = "fp8": FSDP2 shards blocks whose weights have one type.'
+        # Sizes above 1 are one to these checks.
+        about = sizes.pp, min(sizes.tp, 2), min(sizes.dp_shard, 2), plan.checkpointing
+        if sizes.pp > 1 and (reason := of_pipeline(*about)):
+            return f"pp = {sizes.pp}" + _besides(reason, plan), reason
+        if sizes.dp_shard > 1 and (reason := of_shards()):
+            return "dp_shard > 1", reason
         total = workload.batch(sizes).total
         if total < sizes.dp:
             reason = f"a batch of {total} samples leaves {sizes.dp - total} of {sizes.dp} shares without one."
@@ -181,6 +216,18 @@ def _refusals(config: Config, family: Family, workload: Workload) -> Callable[[S
         return None
 
     return refusal
+
+
+def _in_float8(config: Config, family: Family) -> str | None:
+    part = next((p for p in family.trained_parts() if getattr(config.model, p).dtype == "fp8"), None)
+    return None if part is None else f'model.{part}.dtype = "fp8": FSDP2 shards blocks whose weights have one type.'
+
+
+def _besides(reason: str, plan: Candidate) -> str:
+    """What of a pipeline's plan the reason speaks of, besides the stages."""
+    if "activation_checkpointing" in reason and plan.checkpointing:
+        return " with checkpointing"
+    return " with dp_shard or tp" if "parallel.dp_shard or parallel.tp" in reason else ""
 
 
 def encoder_bytes(config: Config, family: Family, precision: str) -> dict[str, float]:

@@ -66,6 +66,7 @@ def _rows(report: Report, plans: list[Forecast]) -> list[tuple[str, list[str]]]:
     rows: list[tuple[str, list[str]]] = [
         ("mesh", [mesh_in_words(one.plan.sizes) for one in plans]),
         ("checkpointing", ["on" if one.plan.checkpointing else "off" for one in plans]),
+        ("shards", [_shards_in_words(one) for one in plans]),
         ("samples at once", [f"{one.batch.micro} x {one.batch.micro_batches}" for one in plans]),
         ("", ["" for _ in plans]),
     ]
@@ -75,6 +76,8 @@ def _rows(report: Report, plans: list[Forecast]) -> list[tuple[str, list[str]]]:
             rows.append((label, [_gb(value) for value in values]))
     rows.append(("memory", [_gb(one.memory.total) for one in plans]))
     rows.append((f"of {capacity / GB:.0f} GB", ["fits" if one.fits(report.cluster) else "TOO MUCH" for one in plans]))
+    if any(one.memory.host for one in plans):
+        rows.append(("memory of its machine", [_gb(one.memory.host) if one.memory.host else "-" for one in plans]))
     rows.append(("", ["" for _ in plans]))
     wires = [one.traffic.wire(one.plan.sizes) for one in plans]
     for name in dict.fromkeys(name for wire in wires for name in wire):
@@ -96,7 +99,7 @@ def _remarks(report: Report) -> list[str]:
         lines += [f"The plan of the configuration cannot be: {report.problem}", ""]
     best = report.found.best
     if best:
-        lines.append(f"To take found 1: {flags(report, best[0]) or 'leave the configuration as it is.'}")
+        lines.append(f"To take found 1: {changes(report, best[0])}")
     elif report.found.smallest is not None:
         lines.append(
             "No plan fits. Take more or larger devices, an [adapter], smaller data.buckets or a smaller "
@@ -118,10 +121,36 @@ def _remarks(report: Report) -> list[str]:
     return lines
 
 
+def _shards_in_words(forecast: Forecast) -> str:
+    if forecast.plan.sizes.dp_shard == 1:
+        return "-"
+    how = forecast.plan.sharding
+    return f"zero {how.zero}" + ", offloaded" * how.offload
+
+
 def mesh_in_words(sizes: Sizes) -> str:
     """Such as "dp_shard 8, sp 2"; "one device"."""
     named = [f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes) if getattr(sizes, field.name) > 1]
     return "\n".join(named) or "one device"
+
+
+def changes(report: Report, forecast: Forecast) -> str:
+    """What is to be done with the configuration for a plan: flags of ``kinema train``, and what to take out of it."""
+    out = [f"parallel.{key}" for key in left_out(report, forecast)]
+    said = [flags(report, forecast)] if flags(report, forecast) else []
+    if out:
+        listed = " and ".join(filter(None, (", ".join(out[:-1]), out[-1])))
+        said.append(f"leave {listed} out of the configuration")
+    return "; ".join(said) or "leave the configuration as it is."
+
+
+def left_out(report: Report, forecast: Forecast) -> list[str]:
+    """Keys of ``[parallel]`` that the configuration has for its own plan, and would refuse with this one."""
+    parallel, sizes = report.config.parallel, forecast.plan.sizes
+    out = [key for key in parallel.model_copy(update=asdict(sizes)).unread() if key in parallel.model_fields_set]
+    if sizes.pp > 1 and parallel.split and len(parallel.split) != sizes.pp * parallel.stages_per_rank:
+        out.append("split")
+    return out
 
 
 def flags(report: Report, forecast: Forecast) -> str:
@@ -132,6 +161,9 @@ def flags(report: Report, forecast: Forecast) -> str:
     }
     if parallel.dp_replicate == "auto":
         del wanted["parallel.dp_replicate"]
+    if sizes.dp_shard > 1:
+        wanted["parallel.zero"] = (parallel.zero, forecast.plan.sharding.zero)
+        wanted["parallel.cpu_offload"] = (parallel.cpu_offload, forecast.plan.sharding.offload)
     wanted["training.activation_checkpointing"] = (training.activation_checkpointing, forecast.plan.checkpointing)
     if forecast.batch.micro_batches > 1:
         wanted["training.micro_batch_size"] = (training.micro_batch_size, forecast.batch.micro)
@@ -143,7 +175,7 @@ def json_report(report: Report) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
         "model": report.title,
-        "devices": asdict(report.cluster),
+        "devices": {name: value for name, value in asdict(report.cluster).items() if value != float("inf")},
         "assumed": {"mfu": report.mfu, "overlap": OVERLAP},
         "precision": report.precision,
         "bucket": asdict(report.bucket),
@@ -160,6 +192,7 @@ def json_report(report: Report) -> dict[str, Any]:
 def _as_json(forecast: Forecast, report: Report) -> dict[str, Any]:
     return {
         "parallel": asdict(forecast.plan.sizes),
+        "sharding": asdict(forecast.plan.sharding),
         "activation_checkpointing": forecast.plan.checkpointing,
         "batch": asdict(forecast.batch),
         "memory": asdict(forecast.memory) | {"total": forecast.memory.total},

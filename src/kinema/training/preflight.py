@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from kinema.families.base import Family
-    from kinema.parallel.mesh import World
+    from kinema.parallel.mesh import Sizes, World
 
 
 def resolve(config: Config, device: torch.device) -> Config:
@@ -56,22 +56,22 @@ def check_shares(config: Config, world: World) -> None:
             )
 
 
-def check_pipeline(config: Config, family: Family, world: World) -> None:
+def check_pipeline(config: Config, family: Family, sizes: Sizes) -> None:
     """ConfigError for pipeline stages that cannot be made of this network, or with the rest of this configuration."""
     from kinema.families.pipeline_plans import pipeline_units
     from kinema.parallel.pipeline_stages import starts_of
     from kinema.plugins import OBJECTIVES
 
     parallel = config.parallel
-    if world.sizes.pp == 1:
+    if sizes.pp == 1:
         return
-    for refused, what, why in _pipeline_refusals(config, world):
+    for refused, what, why in _pipeline_refusals(config, sizes):
         if refused:
-            raise ConfigError(f"parallel.pp = {world.sizes.pp}: not with {what}: {why}")
+            raise ConfigError(f"parallel.pp = {sizes.pp}: not with {what}: {why}")
     roles = OBJECTIVES.load(config.objective.type)(config.objective, family).roles
     if tuple(roles) != ("student",):
         raise ConfigError(
-            f'parallel.pp = {world.sizes.pp}: not with objective.type = "{config.objective.type}", which runs several '
+            f'parallel.pp = {sizes.pp}: not with objective.type = "{config.objective.type}", which runs several '
             f"networks for a loss ({', '.join(roles)}). Use parallel.dp_shard."
         )
     for part in family.trained_parts():
@@ -80,7 +80,7 @@ def check_pipeline(config: Config, family: Family, world: World) -> None:
             starts_of(network, pipeline_units(network, family.blocks(network)), parallel)
 
 
-def _pipeline_refusals(config: Config, world: World) -> list[tuple[bool, str, str]]:
+def _pipeline_refusals(config: Config, sizes: Sizes) -> list[tuple[bool, str, str]]:
     """What does not go together with a pipeline: (whether this configuration asks for it, its name, the reason and what
     to do). The table of docs/guides/parallel.md."""
     training, zero_bubble = config.training, config.parallel.schedule == "zero_bubble"
@@ -102,7 +102,7 @@ def _pipeline_refusals(config: Config, world: World) -> list[tuple[bool, str, st
             f"a compiled block's backward pass cannot be taken apart; {again}",
         ),
         (
-            zero_bubble and (world.is_sharded or world.sizes.tp > 1),
+            zero_bubble and (sizes.dp_shard > 1 or sizes.tp > 1),
             'schedule = "zero_bubble" and parallel.dp_shard or parallel.tp',
             f"weights that are in pieces have no gradients apart from their inputs'; {again}",
         ),

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kinema.config.schema import Config, ModelConfig
 from kinema.errors import UserError
+from kinema.families.base import Family
+from kinema.families.from_runs import settled
+from kinema.runs.checkpoint_list import checkpoint_at, list_checkpoints, read_header
+from kinema.runs.exports import list_exports, step_of
 
 Rule = Literal["refused", "announced", "resets data", "resets optimizer"]
 
@@ -41,6 +46,22 @@ def check_options(options: ResumeOptions) -> None:
     if options.resume_from is not None and (options.weights_from is not None or not options.resume):
         other = "--weights-from" if options.weights_from is not None else "--no-resume"
         raise UserError(f"--resume-from goes on with a run, {other} begins a new one: give one of them.")
+
+
+def resumed_checkpoint(directory: Path, options: ResumeOptions) -> Path | None:
+    """The checkpoint that a run in this directory goes on from; None where it begins."""
+    if options.resume_from is not None:
+        return checkpoint_at(options.resume_from)
+    found = list_checkpoints(directory / "checkpoints") if options.resume else []
+    return found[-1].path if found else None
+
+
+def settled_model(config: Config, family: Family, options: ResumeOptions) -> ModelConfig:
+    """`settled`, with what a resumed run has taken so far."""
+    whole = family.trained_parts() if config.adapter is None else ()
+    resumed = resumed_checkpoint(config.run.dir, options)
+    earlier = None if resumed is None else ModelConfig.model_validate(read_header(resumed)["meta"]["config"]["model"])
+    return settled(config.model, whole, earlier)
 
 
 RULES: dict[str, Rule] = {
@@ -156,13 +177,32 @@ def set_aside(directory: Path) -> Path | None:
     contents = [directory / name for name in RUN_CONTENTS if (directory / name).exists()]
     if not contents:
         return None
+    target = _previous(directory)
+    for path in contents:
+        path.rename(target / path.name)
+    return target
+
+
+def set_aside_exports(directory: Path, step: int) -> Path | None:
+    """Move the exports of later steps than this one into ``previous-N/exports``, or they would count as the newest of
+    the run; returns that directory, or None if there were none."""
+    later = [path for path in list_exports(directory / "exports") if step_of(path) > step]
+    if not later:
+        return None
+    target = _previous(directory) / "exports"
+    target.mkdir()
+    for path in later:
+        path.rename(target / path.name)
+    return target
+
+
+def _previous(directory: Path) -> Path:
+    """The next ``previous-N``, made."""
     number = 1
     while (directory / f"previous-{number}").exists():
         number += 1
     target = directory / f"previous-{number}"
     target.mkdir()
-    for path in contents:
-        path.rename(target / path.name)
     return target
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kinema.config.schema import Config
+from kinema.families.base import Family
 from kinema.optim.ema import Ema
 from kinema.parallel.packing import for_checkpoint
 from kinema.runs.checkpoint_load import contents
 from kinema.runs.pieces import Pieces
-from kinema.runs.trained import named_trainables
+from kinema.runs.trained import configuration, named_trainables
 from kinema.training.checkpoint import Checkpointer
 
 StateDict = dict[str, dict[str, Tensor | Pieces]]
@@ -36,6 +38,16 @@ def training_state(
     if ema is not None:
         state["ema"] = for_checkpoint(networks, ema.state())
     return state
+
+
+def what_trains(config: Config, family: Family, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The variant, and the configuration of each part that trains whole: with them in its meta, a checkpoint can be
+    started from and drawn with where nothing is left of what its run began with."""
+    whole = networks if config.adapter is None else {}
+    return {
+        "variant": family.variant.name,
+        "parts": {part: configuration(network) for part, network in whole.items()},
+    }
 
 
 def load_training_state(

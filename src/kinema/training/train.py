@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kinema.config.schema import Config
+from kinema.config.schema import Config, ParallelConfig
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
@@ -25,7 +25,16 @@ from kinema.training.networks import (
 )
 from kinema.training.preflight import check_pipeline, check_shares, make_writable, resolve
 from kinema.training.progress import Progress, due
-from kinema.training.resume import ResumeOptions, check_data, check_options, compare, set_aside
+from kinema.training.resume import (
+    ResumeOptions,
+    check_data,
+    check_options,
+    compare,
+    resumed_checkpoint,
+    set_aside,
+    set_aside_exports,
+    settled_model,
+)
 
 if TYPE_CHECKING:
     from kinema.parallel.mesh import World
@@ -33,6 +42,8 @@ if TYPE_CHECKING:
     from kinema.training.display import TrainingDisplay
     from kinema.training.loop import StepResult, Trainer, Work
     from kinema.training.run_data import RunData
+
+T = TypeVar("T")
 
 
 def train(config: Config, options: ResumeOptions | None = None) -> Path:
@@ -42,11 +53,20 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
 
     family = open_family(config.model, config.run.seed)
     family.validate(config)
-    world = start(config.parallel)
-    config = resolve(config, world.device)
+    options = options or ResumeOptions()
+    world = start(ParallelConfig() if config.parallel.auto else config.parallel)
+    said: tuple[str, ...] = ()
     try:
+        config = resolve(config, world.device)
+        if config.parallel.auto:
+            from kinema.training.auto_plan import lay_out_by_itself
+
+            config, world, said = lay_out_by_itself(config, world, options.resume)
         with Watch(world, config.parallel.hang_seconds) as watch:
-            Run(config, options or ResumeOptions(), family, world, watch).train()
+            run = Run(config, options, family, world, watch)
+            for line in said:
+                run.say(line)
+            run.train()
     finally:
         stop()
     return config.run.dir
@@ -62,18 +82,21 @@ class Run:
         self.directory = config.run.dir
         self.display: TrainingDisplay = TrainingDisplay(0, 0, world.device, world.is_main)
         self.say = self.display.say
+        self.branches = False
+        """Whether a resumed run may come to other weights than those it exported at later steps."""
 
     def prepare(self) -> None:
         """Everything before the first step: checks, data, networks, what an earlier process left."""
         from kinema.training.metrics import check_monitoring
         from kinema.training.previews import Previewer
 
+        self._settle_bases()
         self.previewer = Previewer(self.config, self.family, self.world)  # refuses what cannot be previewed
         check_monitoring(self.config.monitoring)
         check_shares(self.config, self.world)
         check_networks(self.config, self.family)
-        check_pipeline(self.config, self.family, self.world)
-        checkpoint, weights = self._find_start()
+        check_pipeline(self.config, self.family, self.world.sizes)
+        checkpoint, weights = self._as_main_sees(self._choose_start)
         meta = self._compare_with(checkpoint)
         make_writable(self.directory)
         self._open_data(meta)
@@ -109,36 +132,44 @@ class Run:
 
     # -- before anything expensive ---------------------------------------------------------------------------------
 
-    def _find_start(self) -> tuple[Path | None, Path | None]:
-        """(checkpoint to go on from, checkpoint to take weights from), as the main rank sees the files."""
-        outcome: tuple[Any, str | None] = ((None, None), None)
+    def _settle_bases(self) -> None:
+        """The very export or checkpoint in the place of each run directory that a part of the model is taken from."""
+        check_options(self.options)
+        model = self._as_main_sees(lambda: settled_model(self.config, self.family, self.options))
+        for part in type(model).model_fields:
+            before, now = (getattr(getattr(one, part), "path", None) for one in (self.config.model, model))
+            if before != now:
+                self.say(f"model.{part}.path: {before} stands for {now}")
+        if model != self.config.model:
+            self.config = self.config.model_copy(update={"model": model})
+            self.family = open_family(model, self.config.run.seed)
+
+    def _as_main_sees(self, choose: Callable[[], T]) -> T:
+        """What the main rank finds in the files, or its UserError, on all ranks."""
+        outcome: tuple[Any, str | None] = (None, None)
         if self.world.is_main:
             try:
-                outcome = (self._choose_start(), None)
+                outcome = (choose(), None)
             except UserError as error:
-                outcome = ((None, None), str(error))
-        start, problem = self.world.broadcast_object(outcome)
+                outcome = (None, str(error))
+        found, problem = self.world.broadcast_object(outcome)
         if problem is not None:
             raise UserError(problem)
-        return start
+        return found
 
     def _choose_start(self) -> tuple[Path | None, Path | None]:
-        """The main rank's choice; sets an old run aside if asked to."""
-        from kinema.runs.checkpoint_list import checkpoint_at, list_checkpoints
+        """(checkpoint to go on from, checkpoint to take weights from); sets an old run aside if asked to."""
+        from kinema.runs.checkpoint_list import checkpoint_at
 
-        options, root = self.options, self.directory / "checkpoints"
-        check_options(options)
-        weights = None if options.weights_from is None else checkpoint_at(options.weights_from)
-        if options.resume_from is not None:
-            return checkpoint_at(options.resume_from), None
-        found = list_checkpoints(root)
-        if found and options.resume and weights is not None:
+        resumed = resumed_checkpoint(self.directory, self.options)
+        weights = None if self.options.weights_from is None else checkpoint_at(self.options.weights_from)
+        if resumed is not None and weights is not None:
             raise UserError(
                 f"{self.directory} holds a run with checkpoints, which --weights-from would not go on from. "
                 "Give another run.dir, or --no-resume to move the old run into a directory previous-N inside it."
             )
-        if found and options.resume:
-            return found[-1].path, None
+        if resumed is not None:
+            return resumed, None
         aside = set_aside(self.directory)
         if aside is not None:
             self.say(f"What {self.directory} held was moved to {aside}")
@@ -154,6 +185,7 @@ class Run:
             return None
         meta = read_meta(checkpoint)
         changes = compare(meta["config"], self.config.model_dump(mode="json"), self.options)
+        self.branches = self.options.resume_from is not None or bool(changes)
         self.say(f"Resuming from {checkpoint}")
         for change in changes:
             self.say(f"  changed: {change}")
@@ -275,6 +307,8 @@ class Run:
             facts = environment(self.data.training.fingerprint, str(world.device), world.size)
             write_description(self.directory, config, facts)
             self.data.record(self.directory)
+            if self.branches and (aside := set_aside_exports(self.directory, progress.step)):
+                self.say(f"Exports of later steps were moved to {aside}: the run takes another way from here")
         self.metrics = Metrics(
             self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
         )
@@ -323,7 +357,7 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        from kinema.training.state import training_state
+        from kinema.training.state import training_state, what_trains
 
         scale = self.trainer.scale
         meta = {
@@ -332,6 +366,7 @@ class Run:
             "dataset": self.data.training.fingerprint,
             "batch_sizes": self.data.kept(),
             "loss_scale": None if scale is None else scale.state_dict(),
+            "trained": what_trains(self.config, self.family, self.networks),
         }
         tensors = training_state(self.networks, self.trainer.optimizers, self.ema)
         self.checkpointer.save(self.trainer.progress.step, tensors, meta)

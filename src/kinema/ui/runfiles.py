@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from kinema.runs.exports import list_exports
 from kinema.runs.metrics import read_metrics
 
 EMBED_BYTES = 64 * 1024
@@ -89,7 +90,7 @@ def read_run(directory: Path) -> RunFiles:
         sorted((row for row in rows if _is_number(row.get("step"))), key=lambda row: row["step"]),
         read_media(directory / "samples"),
         {step: media for step, media in previews.items() if media},
-        [path.parent.name for path in sorted(directory.glob("exports/step-*/kinema.json"))],
+        [path.name for path in list_exports(directory / "exports")],
     )
 
 
