@@ -49,6 +49,7 @@ def check_loading(ranks: list[dict[str, Any]]) -> None:
         assert facts["peak"] < facts["here"] + facts["plain"] / BLOCKS + 14 * MB
 
 
+@pytest.mark.slow
 def test_loading_takes_a_share_and_a_block_and_exporting_a_tensor(root: Path) -> None:
     ranks = launch(root, "sharded")["sharded"]
     check_loading(ranks)

@@ -72,6 +72,7 @@ def test_replicas_where_they_fit_and_nothing_where_nothing_does(world: Path) -> 
         _choose(planned(world, AUTO + "dp_shard = 3\n"), cluster(2), resumes=False)
 
 
+@pytest.mark.slow
 def test_a_run_lays_itself_out_and_goes_on_so(world: Path) -> None:
     config = planned(world)
     replicas = needs(config, Candidate(Sizes(dp_replicate=2), True))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INTERVAL = 1.0
 """Seconds between two signs of life."""
-DEAD_AFTER = 30.0
+DEAD_AFTER = 20.0
 """Seconds without a sign of life after which a process counts as gone: a busy machine is slow, and a library may keep
 the interpreter to itself."""
 LOST_AFTER = 10.0
