@@ -71,7 +71,8 @@ def test_every_parameter_is_taken_once_and_vectors_do_not_decay(kind):
     assert [p is parameters["2.weight"] for o in muons for p in o.param_groups[0]["params"]] == [True] * (
         kind == "muon"
     )
-    assert set_lr(optimizers, 0.5) == pytest.approx(0.5e-4)
+    assert set_lr(optimizers, 0.5, 1.0) == pytest.approx(0.5e-4)
+    assert set_lr([], 0.5, 1.0) == 0.5 and build_optimizers({}, set(), OptimizerConfig()) == []
 
 
 def test_learning_rate_over_the_real_horizon():
@@ -121,7 +122,7 @@ def test_parts_with_a_learning_rate_of_their_own():
             type=kind, lr=1e-3, part_lr={"text_encoder": 1e-5}, matrix_lr=None if kind == "adamw" else 5e-3
         )
         optimizers = build_optimizers(parameters, {n for n in names if n.endswith("w")}, config)
-        set_lr(optimizers, 0.5)
+        set_lr(optimizers, 0.5, 1.0)
         rates = {name_of[id(p)]: g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
         assert rates == {
             "network.blocks.0.w": own / 2, "network.bias": 5e-4,

@@ -19,10 +19,12 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimisers over the trained parameters (``{part}.{name}`` -> parameter); together they take each exactly once.
 
+    None for no parameters: a stage of a pipeline may hold nothing that trains.
+
     ``block_matrices`` names the 2-D weights inside the network's blocks, which Muon takes. Every group carries
     ``peak_lr``, which is `peak_lr`'s; the loop sets ``lr = peak_lr * lr_factor``. Vectors have no weight decay.
     """
-    return OPTIMIZERS.load(config.type)(parameters, block_matrices, config)
+    return OPTIMIZERS.load(config.type)(parameters, block_matrices, config) if parameters else []
 
 
 def is_vector(parameter: torch.nn.Parameter) -> bool:
@@ -69,9 +71,10 @@ def muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConf
     return optimizers
 
 
-def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
-    """Set every group's learning rate to its peak times ``factor``; returns the first group's."""
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float, lr: float) -> float:
+    """Set every group's learning rate to its peak times ``factor``; returns the first group's, where there is none that of
+    the peak ``lr``."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-    return optimizers[0].param_groups[0]["lr"]
+    return optimizers[0].param_groups[0]["lr"] if optimizers else lr * factor

@@ -116,7 +116,7 @@ def train_step(trainer: Trainer, work: Work, asked: int) -> StepResult:
     t, world, training = trainer, trainer.world, trainer.config.training
     step = t.progress.step
     factor = lr_factor(t.config.schedule, step - t.progress.lr_start, t.total_steps - t.progress.lr_start)
-    lr = set_lr(t.optimizers, factor)
+    lr = set_lr(t.optimizers, factor, t.config.optimizer.lr)
 
     t.at(f"step {step + 1}: forward and backward")
     micro_batches = split(work.batch, work.micro_batch_size, -(-work.examples // world.dp_size))
