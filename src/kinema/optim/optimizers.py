@@ -72,7 +72,7 @@ def muon(parameters: Parameters, block_matrices: set[str], config: OptimizerConf
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float, lr: float) -> float:
-    """Set every group's learning rate to its peak times ``factor``; returns the first group's, or without groups that of
+    """Set every group's learning rate to its peak times ``factor``; returns the first group's, without groups that of
     the peak ``lr``."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
