@@ -29,9 +29,10 @@ from kinema.parallel.plan_time import bubble_of, shared_out, step_time, traffic
 from kinema.parallel.schedule import Schedule, orders
 
 TOLERANCE = 0.1
-OF_FOUR = 0.15
-"""Shards over four, where little is left of activations: the smallest is forecast at 0.89."""
+OF_SHARDED_SEQUENCES = 0.12
+"""`dp_shard` with `sp`, LoRA, is forecast at 0.89: beyond the limit, the cause not found yet. All else keeps to it."""
 OF_STAGES = 0.15
+"""What stages hand to collectives: not all have what is outside of blocks."""
 QUICK = {("wan-t2v-1.3b", "full"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
     "wan-t2v-1.3b/full, accumulated/replicated",
@@ -86,7 +87,7 @@ def _compare(found: dict[str, Any], root: Path) -> None:
         case, kind, plan = name.split("/")
         small, sizes = next(one for one in SMALL if one.id == case), PLANS[plan][0]
         memory, moved = expected(config_of(small, root / case, kind, plan), small.bucket, sizes)
-        tolerance = TOLERANCE if sizes.total < 4 else OF_FOUR
+        tolerance = OF_SHARDED_SEQUENCES if min(sizes.dp_shard, sizes.sp) > 1 else TOLERANCE
         assert memory.total == pytest.approx(peak, rel=tolerance), name
         given = {
             "all_gather": moved.shard_gather,
@@ -100,7 +101,7 @@ def _compare(found: dict[str, Any], root: Path) -> None:
             assert {kind: sent.get(kind, 0) for kind in given} == given, name
             continue
         assert sent["send"] == given["send"], name
-        for kind in ("all_gather", "reduce_scatter", "all_to_all"):  # not all stages have what is outside of blocks
+        for kind in ("all_gather", "reduce_scatter", "all_to_all"):
             assert sent.get(kind, 0) == pytest.approx(given[kind], rel=OF_STAGES), name
 
 
