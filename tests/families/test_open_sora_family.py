@@ -21,7 +21,8 @@ from kinema.config.schema import Config, ModelConfig
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
 from kinema.families import open_sora, standard
-from kinema.families.base import FrameShift, NoisePath, Prepared
+from kinema.families.base import Prepared
+from kinema.families.noise_path import FrameShift, NoisePath
 from kinema.families.open_sora import OpenSora
 from kinema.families.open_sora_conditions import CONDITIONS, SHIPPED, choose, given_of, latents_of, possible
 from kinema.families.registry import family_class, open_family

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from kinema.families.base import NoisePath
+from kinema.families.noise_path import NoisePath
 from kinema.families.prediction import SMALLEST_DIVISOR, convert, native_target
 
 KINDS = ("velocity", "negative_velocity", "x0", "eps", "vp_velocity")

@@ -7,7 +7,8 @@ import torch
 
 from kinema.config.schema import ObjectiveConfig
 from kinema.data.batch import Batch
-from kinema.families.base import NoisePath, Prepared
+from kinema.families.base import Prepared
+from kinema.families.noise_path import NoisePath
 from kinema.objectives.base import Draws
 from kinema.objectives.flow import FlowMatching, loss_weight, pointwise_error
 from kinema.objectives.time import TimeLaw

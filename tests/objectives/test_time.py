@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from kinema.families.base import ResolutionShift
+from kinema.families.noise_path import ResolutionShift
 from kinema.objectives.time import TimeLaw, shifted
 
 U = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)

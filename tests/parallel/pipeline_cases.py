@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import run_cases
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
 import cases
 from zoo import NEGATIVE, PROMPT, Case, batch_of, config_of, encode, family_of, tiny_directory
 
-from kinema.config.schema import Config, ParallelConfig
+from kinema.config.schema import Config
 from kinema.dtypes import torch_dtype
 from kinema.families.base import Family
 from kinema.families.registry import open_family
@@ -34,7 +35,7 @@ from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
 from kinema.parallel import packing
 from kinema.parallel.data import accumulate
-from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.mesh import Sizes, World
 from kinema.parallel.packing import packings
 from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
@@ -232,20 +233,5 @@ def whole(world: World, tensors: Mapping[str, Tensor], networks: Mapping[str, An
     return together
 
 
-def main(root: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    started = start(ParallelConfig(), "cpu")
-    worlds: dict[Sizes, World] = {}
-    for name in names:
-        plan = Plan.of(name)
-        if plan.mesh() not in worlds:
-            worlds[plan.mesh()] = lay_out(started, plan.mesh())
-        result = train(worlds[plan.mesh()], plan, root)
-        if started.is_main:
-            torch.save(result, root / f"{name}.result")
-            print("done", name, flush=True)
-    stop()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_cases(lambda name, _: Plan.of(name).mesh(), lambda world, name, root: train(world, Plan.of(name), root))

@@ -9,7 +9,6 @@ otherwise, and leaves rank 0's results there; the tests run the same functions i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,16 +18,17 @@ from typing import Any
 
 import torch
 from pipeline_cases import ALL, Plan, batch_of, family_of, train
+from ranks import run_cases
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kinema.config.schema import ParallelConfig, SequenceAttention
+from kinema.config.schema import SequenceAttention
 from kinema.errors import UserError
 from kinema.families.sequence_plans import Attention, sequence_plans
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.memory.compile import compile_blocks
 from kinema.parallel.data import accumulate, shard
-from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.mesh import Sizes, World
 from kinema.parallel.ring import around_ring
 from kinema.parallel.sequence import attend, split_sequences
 from kinema.parallel.ulysses import Layout, Peers, over_heads
@@ -322,20 +322,9 @@ def run(world: World, case: str, root: Path) -> Result:
     return CASES[kind](world, root, name) if kind in CASES else train(world, Plan.of(case), root)
 
 
-def main(root: Path, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    started = start(ParallelConfig(), "cpu")
-    worlds: dict[Sizes, World] = {}
-    for case in cases:
-        sizes = Sizes(sp=started.size) if case.partition(":")[0] in CASES else Plan.of(case).mesh()
-        if sizes not in worlds:
-            worlds[sizes] = lay_out(started, sizes)
-        result = run(worlds[sizes], case, root)
-        if started.is_main:
-            torch.save(result, root / f"{case}.result")
-            print("done", case, flush=True)
-    stop()
+def sizes_of(case: str, processes: int) -> Sizes:
+    return Sizes(sp=processes) if case.partition(":")[0] in CASES else Plan.of(case).mesh()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_cases(sizes_of, run)

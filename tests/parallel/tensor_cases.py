@@ -8,7 +8,6 @@ the other on the same processes and leaves rank 0's results there; the tests run
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 from pipeline_cases import SAMPLES, Plan, configured, share, trainer_of
+from ranks import run_cases
 from torch import Tensor, nn
 
 from kinema.adapters.inject import adapter_state, add_adapter, diffusers_name
-from kinema.config.schema import AdapterConfig, OptimizerConfig, ParallelConfig
+from kinema.config.schema import AdapterConfig, OptimizerConfig
 from kinema.families.pipeline_plans import pipeline_units
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.memory.compile import compile_blocks
@@ -28,7 +28,7 @@ from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
 from kinema.parallel.data import accumulate, check_equal_weights, shard
 from kinema.parallel.lanes import collected
-from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.mesh import Sizes, World
 from kinema.parallel.packing import packings, whole
 from kinema.parallel.pipeline import Pipeline
 from kinema.parallel.pipeline_stages import cut, partition
@@ -348,21 +348,8 @@ def run(world: World, case: str, root: Path) -> Result:
     return train(world, dataclasses.replace(Plan.of(case), sizes=sizes), root)
 
 
-def main(root: Path, cases: list[str]) -> None:
-    """Cases, each as ``SIZES:CASE``."""
-    torch.set_num_threads(1)
-    started = start(ParallelConfig(), "cpu")
-    worlds: dict[str, World] = {}
-    for one in cases:
-        sizes, case = one.split(":")
-        if sizes not in worlds:
-            worlds[sizes] = lay_out(started, sizes_of(sizes))
-        result = run(worlds[sizes], case, root)
-        if started.is_main:
-            torch.save(result, root / f"{one}.result".replace(" ", "_"))
-            print("done", one, flush=True)
-    stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+if __name__ == "__main__":  # cases, each as ``SIZES:CASE``
+    run_cases(
+        lambda one, _: sizes_of(one.partition(":")[0]),
+        lambda world, one, root: run(world, one.partition(":")[2], root),
+    )

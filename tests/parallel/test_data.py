@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import parallel_cases
 import pytest
 import torch
+from ranks import torchrun
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
@@ -52,15 +50,7 @@ def write_single(world: World, directory: Path) -> None:
 def launch(world: World, directory: Path, ranks: int, plans: list[str]) -> Path:
     """Run all cases under torchrun; results are files in the directory."""
     write_single(world, directory)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(Path(parallel_cases.__file__)), str(directory), *plans],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    torchrun(parallel_cases.__file__, directory, ranks, plans)
     return directory
 
 

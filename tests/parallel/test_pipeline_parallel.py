@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -15,6 +12,7 @@ import pipeline_cases
 import pytest
 import torch
 from pipeline_cases import ALL, Plan, Result
+from ranks import result_of, torchrun
 from safetensors.torch import load_file
 from torch import nn
 from zoo import config_of, family_of
@@ -235,15 +233,7 @@ def launch(root: Path, ranks: int, plans: list[Plan]) -> None:
     """Run the cases under torchrun; results are files in the directory."""
     for plan in plans:
         pipeline_cases.write_model(plan.model, root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(Path(pipeline_cases.__file__)), str(root), *(plan.name for plan in plans)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    torchrun(pipeline_cases.__file__, root, ranks, (plan.name for plan in plans))
 
 
 _ALONE: dict[Plan, tuple[Path, Result]] = {}
@@ -258,7 +248,7 @@ def alone(root: Path, plan: Plan) -> tuple[Path, Result]:
 
 def assert_as_alone(root: Path, plan: Plan) -> None:
     """What a plan's ranks left, against one process."""
-    got = torch.load(root / f"{plan.name}.result", weights_only=True)
+    got = result_of(root, plan.name)
     want = alone(root, plan)[1]
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), plan.name
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-5), plan.name
@@ -274,7 +264,7 @@ def assert_as_alone(root: Path, plan: Plan) -> None:
 
 def assert_files_as_alone(root: Path, plan: Plan) -> None:
     """The checkpoint of the ranks loads in one process, and the export is one process's."""
-    got = torch.load(root / f"{plan.name}.result", weights_only=True)
+    got = result_of(root, plan.name)
     (checkpoint,) = (root / plan.name).glob("step-*")
     tensors = {name: torch.zeros_like(value) for name, value in got["weights"].items()}
     load(checkpoint, {"networks": tensors})

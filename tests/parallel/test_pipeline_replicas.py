@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +11,7 @@ import pytest
 import replica_cases
 import torch
 from pipeline_cases import Plan
+from ranks import result_of, torchrun
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -80,21 +77,14 @@ def test_eight_ranks_as_one_whatever_the_number_of_micro_batches(
         Plan(model, sizes, steps=2, settings=(one, ("zero", 1))),
     ]
     pipeline_cases.write_model(model, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
-    subprocess.run(
-        [*command, replica_cases.__file__, str(tmp_path), *(plan.name for plan in plans)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=1200,
-    )
-    reduced = json.loads((tmp_path / "reduced.json").read_text())
-    whole, in_two, in_stages, at_once = (reduced[plan.name] for plan in plans)
+    torchrun(replica_cases.__file__, tmp_path, 8, (plan.name for plan in plans))
+    results = [result_of(tmp_path, plan.name) for plan in plans]
+    whole, in_two, in_stages, at_once = (result["reduced"] for result in results)
     assert at_once == whole > 0
     assert whole < in_two < 1.5 * whole and in_stages < 2 * whole  # the rest beside the blocks, more than once
     monkeypatch.setattr(pipeline_cases, "SAMPLES", replica_cases.SAMPLES)
     want = pipeline_cases.train(World.alone(), plans[0].alone, tmp_path)
-    for plan in plans:
-        got = torch.load(tmp_path / f"{plan.name}.result", weights_only=True)
+    for plan, got in zip(plans, results, strict=True):
         for kind in ("losses", "norms", "held_out"):
             assert got[kind] == pytest.approx(want[kind], rel=1e-5), (plan.name, kind)
         for name, weight in want["weights"].items():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import plan_cases
 import pytest
 import torch
 from plan_cases import KINDS, PLANS, SMALL, Small, cases_of, config_of, expected, measured, write
+from ranks import torchrun
 from typer.testing import CliRunner
 
 from kinema.cli import app
@@ -75,9 +73,7 @@ def _on_ranks(ranks: int, cases: list[str], root: Path) -> dict[str, Any]:
     for small in SMALL:
         if any(case.startswith(small.id) for case in cases):
             write(small, root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, plan_cases.__file__, str(root), *cases], check=True, env=environment, timeout=600)
+    torchrun(plan_cases.__file__, root, ranks, cases)
     found: dict[str, Any] = json.loads((root / "measured.json").read_text())
     return found
 

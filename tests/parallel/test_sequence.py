@@ -13,6 +13,7 @@ import pytest
 import sequence_cases
 import torch
 from pipeline_cases import ALL, Plan, config_of, configured, family_of, write_model
+from ranks import result_of, torchrun
 from torch import Tensor
 
 from kinema.config.schema import ModelConfig
@@ -71,16 +72,8 @@ def launch(root: Path, ranks: int, cases: list[str]) -> Callable[[str], dict[str
     """Run cases under torchrun; a function that gives their results."""
     for name in sorted(models(cases)):
         write_model(name, root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(Path(sequence_cases.__file__)), str(root), *cases],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
-    return lambda case: cast("dict[str, Any]", torch.load(root / f"{case}.result", weights_only=True))
+    torchrun(sequence_cases.__file__, root, ranks, cases)
+    return lambda case: result_of(root, case)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -230,12 +223,12 @@ def test_parts_take_turns(root: Path) -> None:
 def test_the_command_draws_together(root: Path) -> None:
     """`kinema sample --sp 2` writes the file that one process writes, the autoencoder's tiles shared out."""
     write_model("wan-t2v-1.3b", root)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     asked = ["a red ball", "--model", str(root / "wan-t2v-1.3b"), "--family", "wan", "--variant", "t2v-1.3b"]
     asked += ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2", "--crf", "0", "--device", "cpu"]
     asked += ["--tile-size", "16"]
     found = []
-    for launcher, sp in (([], "1"), (torchrun, "2")):
+    for launcher, sp in (([], "1"), (several, "2")):
         command = [sys.executable, *launcher, "-m", "kinema", "sample", *asked, "--sp", sp, "--out", str(root / sp)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

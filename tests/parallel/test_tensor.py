@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import tensor_cases
 import torch
 from pipeline_cases import Plan
+from ranks import result_of, torchrun
 from torch import Tensor
 
 from kinema.config.schema import Config
@@ -67,18 +65,10 @@ class Results:
         for case in cases:
             if "states" in case:
                 self.alone(case.partition(":")[2])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*command, str(Path(tensor_cases.__file__)), str(self.root), *cases],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+        torchrun(tensor_cases.__file__, self.root, ranks, cases)
 
     def shared(self, case: str) -> dict[str, Any]:
-        return torch.load(self.root / f"{case}.result".replace(" ", "_"), weights_only=True)
+        return result_of(self.root, case)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 import zero_cases
 from pipeline_cases import ALL, Plan, Result, configured, share, trainer_of, write_model
+from ranks import result_of, torchrun
 from torch import Tensor, nn
 
 from kinema.config.schema import ModelConfig, ParallelConfig
@@ -55,16 +53,8 @@ def one_thread() -> Any:
 def launch(root: Path, ranks: int, plans: list[Plan]) -> dict[str, Result]:
     for plan in plans:
         write_model(plan.model, root)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(Path(zero_cases.__file__)), str(root), *(plan.name for plan in plans)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    return {plan.name: torch.load(root / f"{plan.name}.result", weights_only=True) for plan in plans}
+    torchrun(zero_cases.__file__, root, ranks, (plan.name for plan in plans))
+    return {plan.name: result_of(root, plan.name) for plan in plans}
 
 
 @pytest.fixture(scope="module")

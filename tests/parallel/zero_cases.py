@@ -7,7 +7,6 @@ the type that it is stored in.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pipeline_cases import SAMPLES, Plan, Result, configured, share, trainer_of, whole
+from ranks import run_cases
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kinema.config.schema import ParallelConfig
 from kinema.objectives.base import Draws
 from kinema.parallel import fsdp
-from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
+from kinema.parallel.mesh import World
 from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.evaluation import evaluate
@@ -156,20 +155,5 @@ def train(world: World, plan: Plan, root: Path) -> Result:
     }
 
 
-def main(root: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    started = start(ParallelConfig(), "cpu")
-    worlds: dict[Sizes, World] = {}
-    for name in names:
-        plan = Plan.of(name)
-        if plan.mesh() not in worlds:
-            worlds[plan.mesh()] = lay_out(started, plan.mesh())
-        result = train(worlds[plan.mesh()], plan, root)
-        if started.is_main:
-            torch.save(result, root / f"{name}.result")
-            print("done", name, flush=True)
-    stop()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_cases(lambda name, _: Plan.of(name).mesh(), lambda world, name, root: train(world, Plan.of(name), root))

@@ -29,11 +29,12 @@ from kinema.config.schema import Config
 from kinema.data.batch import Sample
 from kinema.data.lengths import ClipLengths
 from kinema.errors import ConfigError
-from kinema.families.base import NoisePath, SamplingDefaults, Variant
+from kinema.families.base import SamplingDefaults, Variant
 from kinema.families.cosmos import PARTS, CosmosFamily, network_spec, size_and_task
 from kinema.families.cosmos_layout import COSMOS1, autoencoder_from_original
 from kinema.families.latents import pixels_of
 from kinema.families.loading import Found, PartSpec
+from kinema.families.noise_path import NoisePath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
-from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, read_json
+from kinema.families.noise_path import NoisePath
 from kinema.families.parts import (
     CLIP_G,
     CLIP_G_TOKENIZER,

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
-from kinema.families.base import Parts, Prepared, ResolutionShift
+from kinema.families.base import Parts, Prepared
 from kinema.families.latents import LATENTS
 from kinema.families.loading import Found, read_json
 from kinema.families.ltx_video_parts import NETWORK, OF_091, OF_095, PARTS, VARIANTS
+from kinema.families.noise_path import ResolutionShift
 from kinema.families.standard import StandardFamily
 from kinema.families.steering import ABOVE_ONE
 from kinema.families.tensors import is_inside, tensor_shapes

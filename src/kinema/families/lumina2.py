@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
-from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.latents import LATENTS
 from kinema.families.layout import Fused, Layout
 from kinema.families.loading import Found, PartSpec
+from kinema.families.noise_path import NoisePath
 from kinema.families.parts import FLUX_VAE, GEMMA2_2B, GEMMA_TOKENIZER, SCHEDULER
 from kinema.families.standard import StandardFamily
 from kinema.families.tensors import tensor_shapes

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError
-from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, Source
+from kinema.families.noise_path import NoisePath
 from kinema.families.parts import FLUX_VAE, QWEN25_TOKENIZER, QWEN25_VL_3B, SCHEDULER
 from kinema.families.positions import longest_sides
 from kinema.families.standard import StandardFamily

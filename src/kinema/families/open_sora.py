@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
-from kinema.families.base import FrameShift, NoisePath, Parts, Prepared
+from kinema.families.base import Parts, Prepared
 from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.loading import CONFIGS, Found, PartSpec, find, is_hub_id
+from kinema.families.noise_path import FrameShift, NoisePath
 from kinema.families.open_sora_conditions import (
     NOTHING,
     SHIPPED,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kinema.families.base import Native, NoisePath
+from kinema.families.noise_path import Native, NoisePath
 
 if TYPE_CHECKING:
     from torch import Tensor

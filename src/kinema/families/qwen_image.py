@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.errors import ConfigError, UserError
-from kinema.families.base import Parts, Prepared, ResolutionShift, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.latents import LATENTS, encode_pixels, pixels_of
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec
+from kinema.families.noise_path import ResolutionShift
 from kinema.families.packing import pack, unpack
 from kinema.families.parts import QWEN25_TOKENIZER, QWEN25_VL, QWEN_PROCESSOR, QWEN_VAE, SCHEDULER
 from kinema.families.standard import StandardFamily

@@ -19,11 +19,12 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.data.transform import crop_offset
 from kinema.errors import ConfigError
-from kinema.families.base import Native, NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.discrete import StepSchedule
 from kinema.families.latents import LATENTS
 from kinema.families.layout import Layout
 from kinema.families.loading import Found, PartSpec, Source, read_json
+from kinema.families.noise_path import Native, NoisePath
 from kinema.families.parts import CLIP_G, CLIP_G_TOKENIZER, CLIP_L, CLIP_L_TOKENIZER, SCHEDULER, SDXL_VAE
 from kinema.families.prediction import variance_preserving
 from kinema.families.sdxl_layout import NETWORK, TEXT_ENCODER, TEXT_ENCODER_2, V_PREDICTION_MARKS, is_sdxl

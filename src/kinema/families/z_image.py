@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.data.batch import Batch, Encoding, Sample
-from kinema.families.base import NoisePath, Parts, Prepared, SamplingDefaults, Variant
+from kinema.families.base import Parts, Prepared, SamplingDefaults, Variant
 from kinema.families.latents import LATENTS
 from kinema.families.layout import Fused, Layout, LoraFactors
 from kinema.families.loading import Found, PartSpec, read_json
+from kinema.families.noise_path import NoisePath
 from kinema.families.parts import FLUX_VAE, QWEN3, QWEN3_TOKENIZER, SCHEDULER
 from kinema.families.standard import StandardFamily
 from kinema.families.text import warn_if_cut

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kinema.data.batch import Batch
-from kinema.families.base import NoisePath, Prepared
+from kinema.families.base import Prepared
+from kinema.families.noise_path import NoisePath
 from kinema.randomness import generator
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from kinema.config.schema import ObjectiveConfig
 from kinema.data.batch import Batch
 from kinema.data.lengths import CAUSAL, ClipLengths
-from kinema.families.base import Family, Native
+from kinema.families.base import Family
+from kinema.families.noise_path import Native
 from kinema.families.prediction import native_target
 from kinema.objectives.base import Denoiser, Draws, Loss
 from kinema.objectives.mask import kept_latents, masked_mean

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from kinema.families.base import ResolutionShift
+from kinema.families.noise_path import ResolutionShift
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,8 @@ from kinema.config.schema import Config
 from kinema.data.batch import Batch
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError
-from kinema.families.base import Family, NoisePath, Prepared
+from kinema.families.base import Family, Prepared
+from kinema.families.noise_path import NoisePath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
