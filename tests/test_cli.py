@@ -199,7 +199,7 @@ def test_sample_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None
         cli.main()
     given = {"prompts": ["a", "b c"], "model": "m", "adapter": [Path("x"), Path("y")]}
     given |= {"images": [], "ema": False, "guidance": 4.0, "seed": 7, "num_samples": 1, "refine_prompt": False}
-    given |= {"offload": "auto", "sp": 1, "first": FirstPicture(model="p", steps=3)}
+    given |= {"offload": "auto", "sp": 1, "fuse_qkv": False, "first": FirstPicture(model="p", steps=3)}
     assert calls == [{**dict.fromkeys(taken), **given}]
 
 

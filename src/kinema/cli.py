@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+LIBRARIES_ABOUT_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that warn, where torchao is installed, of what it has for other machines, whoever asks for it."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 DISK_ADVICE = (
     "cannot write to {where}: {reason}. Free some space there, or choose another directory; then start again: "
@@ -39,6 +42,8 @@ def main() -> None:
 
     Exit codes: 0 done, 2 a mistake of the user (its message on stderr), 130 interrupted, 1 anything else.
     """
+    for name in LIBRARIES_ABOUT_TORCHAO:
+        logging.getLogger(name).setLevel(logging.ERROR)
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     try:

@@ -278,6 +278,21 @@ def sample(
             rich_help_panel=MEMORY,
         ),
     ] = None,
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Whose attention: sdpa (torch's choice, the default), cudnn, flash, flash_hub, flash3, flash3_hub, "
+            "xformers, sage or sage_hub.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    fuse_qkv: Annotated[
+        bool,
+        typer.Option(
+            "--fuse-qkv", help="Queries, keys and values by one product, where they can be.", rich_help_panel=MEMORY
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda, cuda:1 or cpu.", rich_help_panel=MEMORY)] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.", rich_help_panel=MEMORY)] = None,
     ema: Annotated[

@@ -66,7 +66,17 @@ OPTIMIZERS = Catalog(
     "optimiser",
     "optimizer.type",
     "kinema.optimizers",
-    {"adamw": "kinema.optim.optimizers:adamw", "muon": "kinema.optim.optimizers:muon"},
+    {
+        "adafactor": "kinema.optim.library:adafactor",
+        "adamw": "kinema.optim.optimizers:adamw",
+        "adamw8bit": "kinema.optim.optimizers:adamw8bit",
+        "automagic": "kinema.optim.optimizers:automagic",
+        "generic": "kinema.optim.generic:generic",
+        "lion": "kinema.optim.library:lion",
+        "muon": "kinema.optim.optimizers:muon",
+        "prodigy": "kinema.optim.library:prodigy",
+        "schedulefree": "kinema.optim.library:schedulefree",
+    },
 )
 """``(parameters, block_matrices, config.optimizer) -> optimisers``, as `kinema.optim.optimizers.build_optimizers`."""
 OBJECTIVES = Catalog(

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from lora_network import KINDS, TARGETS, run, tiny_network, train_a_little, trained
-from torch import nn
+from torch import Tensor, nn
 
 from kinema.adapters.inject import (
     adapter_of,
@@ -13,6 +13,7 @@ from kinema.adapters.inject import (
     adapter_state,
     add_adapter,
     fold_adapter,
+    leave_casts_to_autocast,
     load_adapter_state,
     merge_adapter,
     start_from,
@@ -248,6 +249,34 @@ def test_fp32_adapter_on_a_bf16_base_trains_in_and_out_of_autocast(autocast):
     assert all(p.grad is None for n, p in network.named_parameters() if "lora_" not in n)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_casts_left_to_autocast_change_no_bit_and_keep_less(kind):
+    found = []
+    for left in (False, True):
+        network = trained(kind).to(torch.bfloat16)
+        for parameter in adapter_parameters(network).values():
+            parameter.data = parameter.data.float()
+        if left:
+            leave_casts_to_autocast(network, AdapterConfig(type=kind))
+        draw = torch.Generator().manual_seed(3)
+        x, text = torch.randn(1, 16, 2, 8, 8, generator=draw), torch.randn(1, 6, 20, generator=draw)
+        kept: dict[int, Tensor] = {}  # held, so that no storage has another's address
+
+        def pack(one: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept.setdefault(one.untyped_storage().data_ptr(), one)
+            return one
+
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+            out = network(x, torch.tensor([400.0]), text, return_dict=False)[0]
+        out.float().square().mean().backward()
+        size = sum(one.untyped_storage().nbytes() for one in kept.values())
+        found.append((out, {name: p.grad for name, p in adapter_parameters(network).items()}, size))
+    (out, gradients, size), (same, same_gradients, less) = found
+    assert torch.equal(out, same) and less < 0.95 * size
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same_gradients[name]), name
+
+
 @kinds
 def test_every_weight_of_a_trained_adapter_gets_a_gradient(kind):
     network = trained(kind)
@@ -297,15 +326,16 @@ def test_state_moves_to_another_network(kind):
         load_adapter_state(two, wrong)
 
 
+@pytest.mark.parametrize("stored", ["fp8", "int8", "nf4"])
 @kinds
-def test_a_base_in_float8_takes_every_kind(kind):
+def test_a_base_in_few_bits_takes_every_kind(kind, stored):
     """Fresh, trained and folded in as on the same weights, rounded, in ordinary layers."""
-    from kinema.networks.float8 import Float8Linear, restore_float8, store_float8
+    from kinema.networks.quantized import QuantizedLinear, quantize, restore
 
     network, rounded = tiny_network(), tiny_network()
-    store_float8([network.blocks])
-    store_float8([rounded.blocks])
-    restore_float8(rounded)
+    quantize([network.blocks], stored)
+    quantize([rounded.blocks], stored)
+    restore(rounded)
     fresh = run(network)
     for one in (network, rounded):
         add_adapter(one, KINDS[kind], TARGETS, seed=0)
@@ -320,7 +350,7 @@ def test_a_base_in_float8_takes_every_kind(kind):
     expected = run(network)
     merge_adapter(network)
     torch.testing.assert_close(run(network), expected, rtol=1e-4, atol=1e-5)
-    assert not isinstance(network.blocks[0].attn1.to_q, Float8Linear)
+    assert not isinstance(network.blocks[0].attn1.to_q, QuantizedLinear)
 
 
 # -- which layers ------------------------------------------------------------------------------------------------------

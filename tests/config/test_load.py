@@ -82,7 +82,7 @@ def test_a_lora_configuration_of_under_fifteen_lines_loads(write: Write) -> None
         ),
         (
             '[optimizer]\ntype = "adam"',
-            "c.toml:13: optimizer.type: there is no optimiser 'adam'; did you mean 'adamw'? Known: adamw, muon",
+            "c.toml:13: optimizer.type: there is no optimiser 'adam'; did you mean 'adamw'? Known: ",
         ),
         (
             '[optimizer]\nlr = "fast"',
@@ -104,7 +104,9 @@ def test_a_lora_configuration_of_under_fifteen_lines_loads(write: Write) -> None
         ),
         (
             'activation_checkpointing = "true"',
-            'c.toml:12: training.activation_checkpointing: expected true or false, got "true"; write it without quotes',
+            'c.toml:12: training.activation_checkpointing: expected true or false or "selective" or a whole number '
+            "greater than 0 or a table of numbers at least 0 and at most 1, got "
+            '"true"; write it without quotes',
         ),
         (
             "ema = true",

@@ -7,8 +7,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kinema.memory.checkpointing import checkpoint_blocks
+from kinema.config.memory import Checkpointing
+from kinema.errors import ConfigError
+from kinema.memory.checkpointing import check_lists, checkpoint_blocks, chosen_blocks
+from kinema.memory.dry_run import LiveBytes
 
 
 def network(dropout: float = 0.0) -> nn.Module:
@@ -43,11 +47,15 @@ def run(wan: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dic
     return output, {name: p.grad.clone() for name, p in wan.named_parameters() if p.grad is not None}
 
 
+KINDS = [True, "selective", 2, {"blocks": 0.5}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_same_gradients(dropout: float, dtype: torch.dtype) -> None:
+def test_same_gradients(dropout: float, dtype: torch.dtype, kind: Checkpointing) -> None:
     plain, checkpointed = network(dropout).to(dtype), network(dropout).to(dtype)
-    checkpoint_blocks({"blocks": checkpointed.blocks})
+    checkpoint_blocks({"blocks": checkpointed.blocks}, kind)
     output, gradients = run(plain, dtype)
     same_output, same_gradients = run(checkpointed, dtype)
     assert torch.equal(output, same_output)
@@ -79,6 +87,47 @@ def test_activations_shrink() -> None:
     plain, checkpointed = network(), network()
     checkpoint_blocks({"blocks": checkpointed.blocks})
     assert saved_bytes(checkpointed) < 0.3 * saved_bytes(plain)
+
+
+def measured(kind: Checkpointing) -> tuple[int, int]:
+    """(Bytes alive between the passes, matrix products computed in both) of a step."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    wan, live, products = network(), LiveBytes(), Products()
+    if kind:
+        checkpoint_blocks({"blocks": wan.blocks}, kind)
+    live.exclude(wan.parameters())
+    inputs = torch.randn(2, 4, 2, 8, 8), torch.tensor([100.0, 700.0]), torch.randn(2, 5, 16)
+    with live, products:
+        output = wan(*inputs, return_dict=False)[0].square().mean()
+        between = live.live
+        output.backward()
+    return between, products.count
+
+
+def test_what_each_kind_keeps_and_computes_again() -> None:
+    (none, plain), (all_, most), (some, few), (half, more) = (measured(kind) for kind in (False, True, "selective", 2))
+    assert all_ < 0.15 * none and all_ < some < 0.75 * none and 0.4 * none < half < 0.65 * none
+    assert few == plain  # no product is computed twice
+    again = most - plain
+    assert again > 0 and more - plain == again // 2  # of every second block alone
+
+
+def test_which_blocks() -> None:
+    lists = {"double": 5, "single": 3}
+    assert chosen_blocks(lists, True) == chosen_blocks(lists, "selective") == chosen_blocks(lists, 1) == [True] * 8
+    assert chosen_blocks(lists, 3) == [True, False, False, True, False, False, True, False]
+    assert chosen_blocks(lists, {"double": 0.42, "single": 1.0}) == [True] * 2 + [False] * 3 + [True] * 3
+    assert sum(chosen_blocks({"double_blocks": 19}, {"double_blocks": 0.42})) == 8  # Open-Sora's (8, 100)
+    assert chosen_blocks(lists, {"single": 0.5}) == [False] * 5 + [True, True, False]
+    with pytest.raises(ConfigError, match="no list of blocks is called 'singel'; did you mean 'single'"):
+        check_lists({"singel": 1.0}, list(lists))
 
 
 def test_names_copies_and_inference() -> None:

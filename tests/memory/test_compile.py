@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kinema.config.schema import ModelConfig
+from kinema.config.schema import Config, ModelConfig
 from kinema.families.registry import open_family
 from kinema.families.wan import Wan
-from kinema.memory.compile import compile_blocks
+from kinema.memory.compile import PAYS_FROM, compile_blocks, settled
 
 
 @pytest.mark.slow
@@ -41,3 +41,41 @@ def test_inductor_gives_the_same_and_compiles_a_kind_once(tmp_path: Path) -> Non
     assert [n for n, _ in compiled.named_parameters()] == [n for n, _ in plain.named_parameters()]
     graphs = counters["stats"]["unique_graphs"]
     assert 1 <= graphs <= 2, f"{graphs} graphs for three equal blocks and two sizes"  # the second one is dynamic
+
+
+def test_sizes_become_dynamic_once(tmp_path: Path) -> None:
+    """Four buckets in turn, each twice: the second one compiles for any size, and later ones do not compile again."""
+    directory = Wan.tiny(tmp_path / "tiny", "t2v-1.3b", seed=1)
+    family = open_family(ModelConfig(family="wan", path=str(directory)))
+    network = family.load("network", "cpu", torch.float32).requires_grad_(True)
+    compile_blocks(family.blocks(network), "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for samples, frames, rows, columns in [(2, 3, 4, 6), (2, 3, 6, 4), (3, 2, 8, 4), (4, 4, 4, 4)] * 2:
+        x_t, text = torch.randn(samples, 16, frames, rows, columns), torch.randn(samples, 512, 32)
+        output = family.predict(network, x_t, torch.full((samples,), 0.4), {"encoder_hidden_states": text})
+        output.square().mean().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 1 and graphs[1] <= 2 and graphs[-1] == graphs[2] <= 3, graphs
+
+
+def test_auto_compiles_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(
+        device: str = "cuda", earlier: bool | None = None, parallel: object = None, **training: object
+    ) -> bool:
+        tables = {"training": {"steps": 1000} | training, "parallel": parallel or {}}
+        config = Config.model_validate({"model": {"family": "wan"}, "data": {"sources": [{"path": "."}]}} | tables)
+        return settled(config, torch.device(device), earlier)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton")
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert compiles() and not compiles("cpu") and compiles("cpu", compile=True) and not compiles(compile=False)
+    assert compiles(steps=PAYS_FROM) and not compiles(steps=PAYS_FROM - 1)
+    assert compiles(earlier=True, steps=10) and not compiles(earlier=False), "a run that goes on does as before"
+    assert not compiles("cpu", earlier=True) and compiles(earlier=False, compile=True)
+    assert not compiles(parallel={"pp": 2, "schedule": "zero_bubble"})
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiles(), "Triton needs a C compiler"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not compiles()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kinema.config.optimizer import OptimizerConfig
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.optim.ema import Ema
+from kinema.optim.host_state import HostState
+from kinema.optim.optimizers import build_optimizers
+from kinema.optim.release import GradientRelease
 from kinema.parallel.data import GradientReducer, accumulate, shard
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
 from kinema.runs.trained import named_trainables
@@ -80,7 +86,7 @@ def fit(
     steps: int = STEPS,
     first: int = 0,
     autocast: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Together | None = None,
     ema: Ema | None = None,
 ) -> list[float]:
     """Train on this rank's slice of every global batch; returns the global gradient norm of every step."""
@@ -105,6 +111,34 @@ def fit(
 
 def adamw(wan: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW((p for p in wan.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several optimisers as one."""
+
+    optimizers: list[torch.optim.Optimizer]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+class Elsewhere:
+    """Copies of an optimiser's state between two places in one memory."""
+
+    def fetch(self, away: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        return lambda: [one.clone() for one in away]
+
+    def send(self, here: Sequence[Tensor], away: Sequence[Tensor | None]) -> list[Tensor]:
+        return [one.clone() if place is None else place.copy_(one) for one, place in zip(here, away, strict=True)]
+
+    def finish(self) -> None:
+        pass
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,6 +182,27 @@ def autocast(world: World, directory: Path) -> Result:
     wan = prepared(world, network())
     norms = fit(world, wan, autocast=True, steps=2)
     return {"norms": norms, "weights": whole(dict(wan.named_parameters()))}
+
+
+def matrices(world: World, directory: Path) -> Result:
+    """Optimisers that work on whole matrices, or on their lines: each trains a network of its own."""
+    norms, weights = [], {}
+    forms: list[dict[str, Any]] = [
+        {"type": "muon", "variant": "normuon", "orthogonalisation": "polar_express"},
+        {"type": "generic", "variant": "adamuon", "first_moment": "subspace", "rank": 4, "refresh_steps": 2},
+        {"type": "generic", "second_moment": "subset_norm", "first_moment": "subspace", "rank": 4,
+         "projection": "srht"},
+    ]  # fmt: skip
+    for number, form in enumerate(forms):
+        wan = prepared(world, network())
+        named = named_trainables({"network": wan})
+        chosen = {name for name, p in named.items() if ".blocks." in name and p.ndim == 2 and "table" not in name}
+        optimizers = build_optimizers(named, chosen, OptimizerConfig(lr=1e-2, **form), seed=1)
+        if number == 2:  # shards of its state, too, can wait elsewhere
+            optimizers = [HostState(one, Elsewhere(), part_bytes=2000) for one in optimizers]
+        norms += fit(world, wan, optimizer=Together(optimizers))
+        weights |= {f"{number}.{name}": p for name, p in whole(dict(wan.named_parameters())).items()}
+    return {"norms": norms, "weights": weights}
 
 
 def averaged(world: World, directory: Path) -> Result:
@@ -203,6 +258,28 @@ def partly_used(world: World, directory: Path) -> Result:
             loss = loss + (first * 5).sum()
         loss.backward()
     return {"everyone": everyone.grad, "first": first.grad, "nobody": nobody.grad}
+
+
+def released(world: World, directory: Path) -> Result:
+    """Gradient release: replicas sum a bucket, update its weights and let its gradients go while the next is sent."""
+    wan = network()
+    named = {f"network.{name}": p for name, p in wan.named_parameters()}
+    release = GradientRelease(build_optimizers(named, set(), OptimizerConfig(lr=1e-2)), hooks=world.size == 1)
+    reducer = GradientReducer(named.values(), bucket_bytes=4096) if world.size > 1 else None
+    share, norms, most = BATCH // world.dp_size, [], 0
+    mine = list(range(world.dp_rank * share, (world.dp_rank + 1) * share))
+
+    def update(parameters: Sequence[nn.Parameter]) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad.nbytes for p in named.values() if p.grad is not None))
+        release.update(parameters)
+
+    for step in range(STEPS):
+        with release.updating(), nullcontext() if reducer is None else reducer.reducing(update):
+            (sample_losses(wan, step, mine, torch.float32).sum() / BATCH).backward()
+        norms.append(release.norm)
+    total = sum(p.nbytes for p in named.values())
+    return {"norms": norms, "weights": whole(dict(wan.named_parameters())), "share": most / total}
 
 
 def mixed_gradients(world: World, directory: Path) -> Result:
@@ -281,8 +358,8 @@ def collectives(world: World, directory: Path) -> Result:
 
 
 Case = Callable[[World, Path], Result]
-TRAININGS: list[Case] = [full, accumulated, lora, autocast, averaged, resumed]
-REPLICATED: list[Case] = [partly_used, mixed_gradients, different_weights, collectives]
+TRAININGS: list[Case] = [full, accumulated, lora, autocast, averaged, matrices, resumed]
+REPLICATED: list[Case] = [partly_used, released, mixed_gradients, different_weights, collectives]
 FAILURES: list[Case] = [not_finite, disk_full_on_one]
 
 

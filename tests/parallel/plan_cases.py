@@ -31,6 +31,7 @@ from kinema.families.sample_shapes import sample_tensors
 from kinema.memory.dry_run import LiveBytes
 from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
+from kinema.optim.release import GradientRelease
 from kinema.parallel.data import accumulate
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
 from kinema.parallel.plan_memory import forecast
@@ -41,6 +42,7 @@ from kinema.runs.trained import named_trainables
 from kinema.training.dry_step import DryNetworks
 from kinema.training.loop import Trainer, Work, train_step
 from kinema.training.networks import FamilyDenoiser, block_matrices, load_networks, pipeline_over
+from kinema.training.plan import of_updates
 from kinema.training.progress import Progress
 
 
@@ -101,6 +103,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"training": {"ema": {"decay": 0.99}}},
     "full, checkpointed": {"training": {"ema": {"decay": 0.99}, "activation_checkpointing": True}},
     "full, accumulated": {"training": {"batch_size": 4, "micro_batch_size": 1}},
+    "full, released": {
+        "training": {"ema": {"decay": 0.99}, "clip_norm": None, "activation_checkpointing": True},
+        "optimizer": {"gradient_release": True},
+    },
     "lora": {"adapter": {"rank": 8}},
     "lora, checkpointed": {"adapter": {"rank": 8}, "training": {"activation_checkpointing": True}},
     "full, bf16": {"training": {"precision": "bf16", "batch_size": 4, "micro_batch_size": 1}},
@@ -160,17 +166,21 @@ def trainer_of(config: Config, family: Family, world: World) -> tuple[Trainer, d
     def accumulating(last: bool) -> Iterator[None]:
         with ExitStack() as stack:
             for network in networks.values():
-                stack.enter_context(accumulate(network, last))
+                stack.enter_context(accumulate(network, last, None if release is None else release.update))
             yield
 
-    ema = config.training.ema
+    ema, release = config.training.ema, None
+    optimizers = build_optimizers(parameters, block_matrices(networks, family), config.optimizer)
+    if config.optimizer.gradient_release:
+        release = GradientRelease(optimizers, hooks=world.size == 1)
     trainer = Trainer(
         config=config,
         world=world,
         networks={"student": FamilyDenoiser(family, networks)},
         parameters=parameters,
         objective=OBJECTIVES.load("flow")(config.objective, family),
-        optimizers=build_optimizers(parameters, block_matrices(networks, family), config.optimizer),
+        optimizers=optimizers,
+        release=release,
         compute_dtype=torch_dtype(config.training.precision),
         progress=Progress(),
         total_steps=10,
@@ -276,6 +286,7 @@ def expected(config: Config, bucket: Bucket, sizes: Sizes) -> tuple[Memory, Traf
         parallel.stages_per_rank,
         units=networks.units,
         unit_of=networks.unit_of,
+        largest_gradient=of_updates(config, networks)[0],
     )
     how = Sharding(parallel.zero)  # what is offloaded stays in the same memory here
     memory = forecast(model, one, sizes, share // micro, how, on_gpu=False)
@@ -288,6 +299,7 @@ def cases_of(small: Small, ranks: int) -> list[str]:
     for plan, (sizes, _) in PLANS.items():
         if sizes.total == ranks:
             kinds = [kind for kind in KINDS if ("staged" in kind) == (sizes.pp > 1)]
+            kinds = [kind for kind in kinds if "released" not in kind or plan == "replicated"]
             found += [f"{small.id}/{kind}/{plan}" for kind in kinds if sizes.dp_shard > 1 or "bf16" not in kind]
     return found
 
@@ -305,7 +317,9 @@ def main(root: Path, cases: list[str]) -> None:
             worlds[sizes] = lay_out(started, sizes)
         world = worlds[sizes]
         of_ranks = world.gather_objects(measured(config_of(small, root / small.id, kind, plan), small.bucket, world))
-        found[case] = max(peak for peak, _ in of_ranks), of_ranks[0][1]
+        kinds = {kind for _, sent in of_ranks for kind in sent}
+        most = {kind: max(sent[kind] for _, sent in of_ranks) for kind in kinds}
+        found[case] = max(peak for peak, _ in of_ranks), most
         if started.is_main:
             (root / "measured.json").write_text(json.dumps(found))
     stop()

@@ -77,7 +77,7 @@ PLANS = pytest.mark.parametrize("plan", ["2x1", "1x2"])
 
 
 @PLANS
-@pytest.mark.parametrize("case", ["full", "accumulated", "lora", "autocast", "averaged"])
+@pytest.mark.parametrize("case", ["full", "accumulated", "lora", "autocast", "averaged", "matrices"])
 def test_equals_one_process(two: Path, world: World, tmp_path: Path, plan: str, case: str) -> None:
     got, want = result(two, plan, case), getattr(parallel_cases, case)(world, tmp_path)
     # FSDP2's hooks change the order in which autograd sums the gradients of the text, in bf16 under autocast.
@@ -87,6 +87,8 @@ def test_equals_one_process(two: Path, world: World, tmp_path: Path, plan: str, 
         assert (got["own"] - got["swapped"]).abs().min() > 1e-3  # the averages were really in the network
     else:
         start_weights = parallel_cases.network(lora=case == "lora").state_dict()
+        if case == "matrices":  # of each of its networks
+            start_weights = {name: start_weights[name.split(".", 1)[1]] for name in got["weights"]}
         moved = [(weight - start_weights[name]).norm() for name, weight in got["weights"].items()]
         assert all(distance > 1e-3 for distance in moved)
 
@@ -144,6 +146,13 @@ def test_parameters_that_some_ranks_use(two: Path) -> None:
     assert got["everyone"].tolist() == [3.0] * 3
     assert got["first"].tolist() == [5.0] * 3
     assert got["nobody"] is None
+
+
+def test_gradient_release_of_replicas(two: Path, world: World, tmp_path: Path) -> None:
+    """The same weights as one process comes to, and never more than some of the gradients."""
+    got, want = result(two, "2x1", "released"), parallel_cases.released(world, tmp_path)
+    assert_same_training(got, want)
+    assert 0 < got["share"] < 0.7
 
 
 def test_clipping_mixed_gradients(two: Path) -> None:

@@ -27,11 +27,9 @@ from kinema.parallel.plan_time import bubble_of, shared_out, step_time, traffic
 from kinema.parallel.schedule import Schedule, orders
 
 TOLERANCE = 0.1
-OF_SHARDED_SEQUENCES = 0.12
-"""`dp_shard` with `sp`, LoRA, is forecast at 0.89: beyond the limit, the cause not found yet. All else keeps to it."""
 OF_STAGES = 0.15
 """What stages hand to collectives: not all have what is outside of blocks."""
-QUICK = {("wan-t2v-1.3b", "full"), ("flux-dev", "lora, checkpointed")}
+QUICK = {("wan-t2v-1.3b", "full"), ("wan-t2v-1.3b", "full, released"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
     "wan-t2v-1.3b/full, accumulated/replicated",
     "wan-t2v-1.3b/full, accumulated/sharded",
@@ -83,8 +81,7 @@ def _compare(found: dict[str, Any], root: Path) -> None:
         case, kind, plan = name.split("/")
         small, sizes = next(one for one in SMALL if one.id == case), PLANS[plan][0]
         memory, moved = expected(config_of(small, root / case, kind, plan), small.bucket, sizes)
-        tolerance = OF_SHARDED_SEQUENCES if min(sizes.dp_shard, sizes.sp) > 1 else TOLERANCE
-        assert memory.total == pytest.approx(peak, rel=tolerance), name
+        assert memory.total == pytest.approx(peak, rel=TOLERANCE), name
         given = {
             "all_gather": moved.shard_gather,
             "reduce_scatter": moved.shard_scatter,
@@ -180,7 +177,8 @@ def paper_model(blocks: int = 4) -> Model:
 def paper_pass(blocks: int = 4) -> Pass:
     forward = [Segment(i, kept=100, peak=150, flops=1e12, attention=400, made=60) for i in range(blocks)]
     backward = [Segment(i, kept=-100, peak=50, own_peak=8050, gradients=8000, flops=2e12) for i in range(blocks)][::-1]
-    return Pass(tuple(forward), tuple(backward))
+    outside = Segment(OUTSIDE, own_peak=8000, gradients=8000)
+    return Pass(tuple(forward), (*backward, outside))
 
 
 def test_what_shards_and_what_does_not() -> None:
@@ -195,6 +193,21 @@ def test_what_shards_and_what_does_not() -> None:
     staged = forecast(model, one, Sizes(pp=2), 2, on_gpu=False)
     assert staged.weights == 3 * 8000  # what is outside lies on both
     assert forecast(model, one, Sizes(dp_replicate=4), 2, on_gpu=False).weights == 40000
+
+
+def test_gradients_that_are_let_go_and_state_that_waits() -> None:
+    """The largest gradient is left of all; of the state what a step has at once, and the rest is the machine's."""
+    model, one = replace(paper_model(), largest_gradient=8000.0, visiting_state=1000.0), paper_pass()
+    alone = forecast(model, one, Sizes(), 1)
+    assert (alone.gradients, alone.optimizer, alone.host) == (8000, 1000, 80000)
+    plain = forecast(paper_model(), one, Sizes(), 1)
+    assert (plain.gradients, plain.optimizer, plain.host) == (40000, 80000, 0)
+    # Of replicas two buckets besides, and no more than there is.
+    assert forecast(model, one, Sizes(dp_replicate=2), 1).gradients == 40000
+    assert forecast(model, one, Sizes(), 1, on_gpu=False).optimizer == 80000  # where it is the machine's memory anyway
+    slow = Cluster(replace(KNOWN["H100"], flops=1e12, host=1e3), 1, 1)
+    there, away = (step_time(of, one, Sizes(), 1, slow, mfu=0.5).total for of in (paper_model(), model))
+    assert away - there == pytest.approx(2 * 80000 / 1e3)
 
 
 def test_traffic_by_dimension() -> None:

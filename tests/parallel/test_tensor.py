@@ -15,6 +15,7 @@ from ranks import result_of, torchrun
 from torch import Tensor
 
 from kinema.config.schema import Config
+from kinema.config.section import QUANTIZED
 from kinema.errors import ConfigError
 from kinema.families.registry import family_names, open_family
 from kinema.families.tensor_plans import REFUSED, tensor_plan
@@ -244,8 +245,9 @@ def test_sizes_that_fit_are_named() -> None:
 def test_what_cannot_be_shared_is_refused() -> None:
     assert "sdxl cannot be tensor parallel: its network is made of convolutions" in refusal("sdxl", "base-eps", 2)
     assert 'Set adapter.type = "lora"' in refusal("wan", "t2v-1.3b", 2, adapter={"type": "dora"})
-    fp8 = {"network": {"dtype": "fp8"}}
-    assert 'Set model.network.dtype = "bf16"' in refusal("wan", "t2v-1.3b", 2, adapter={}, model=fp8)
+    for kind in QUANTIZED:
+        stored = {"network": {"dtype": kind}}
+        assert 'Set model.network.dtype = "bf16"' in refusal("wan", "t2v-1.3b", 2, adapter={}, model=stored)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kinema.config.schema import ModelConfig, ParallelConfig
 from kinema.families.registry import open_family
-from kinema.networks.float8 import store_float8
+from kinema.networks.quantized import quantize
 from kinema.objectives.base import Draws
 from kinema.parallel.fsdp import short_parameters
 from kinema.parallel.mesh import World
@@ -195,7 +195,7 @@ def test_blocks_that_travel_as_they_are_stored() -> None:
     assert short_parameters(block().bfloat16(), torch.bfloat16) == set()
     assert short_parameters(nn.Sequential(nn.Linear(8, 8), nn.Embedding(64, 64)), torch.float16) == set()
     float8 = block()
-    store_float8([float8])
+    quantize([float8], "fp8")
     assert short_parameters(float8, torch.bfloat16) == set()
     for use_dora in (False, True):
         adapted = block()

@@ -3,6 +3,7 @@ is, and samples are those without offload."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,8 +200,9 @@ def test_what_is_chosen() -> None:
     assert chosen("auto", 0, CPU) == ("none", "")
     kind, said = chosen("parts", 0, CPU)
     assert kind == "none" and "on a CPU" in said
-    narrow = family.config.model_copy(update={"network": family.config.network.model_copy(update={"dtype": "fp8"})})
-    assert part_bytes(open_family(narrow), BF16)["network"] == published["network"]
+    for kind, size in (("fp8", 1.0), ("nf4", 0.54)):
+        narrow = family.config.model_copy(update={"network": family.config.network.model_copy(update={"dtype": kind})})
+        assert part_bytes(open_family(narrow), BF16)["network"] == math.ceil(size * published["network"])
     with pytest.raises(UserError, match=r"--offload block: expected one of .*did you mean 'blocks'"):
         check_offload("block")
 

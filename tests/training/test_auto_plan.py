@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import finish, make_world, start_training, write_config
@@ -11,9 +13,11 @@ from runs import finish, make_world, start_training, write_config
 from kinema.config.load import load_config
 from kinema.config.schema import Config
 from kinema.errors import ConfigError, UserError
+from kinema.families.registry import family_class
 from kinema.parallel.devices import PROCESSOR, Cluster, memory_of
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan import Candidate
+from kinema.parallel.plan import Candidate, Forecast
+from kinema.parallel.plan_model import Offloading
 from kinema.training.auto_plan import _choose, allowed
 from kinema.training.plan import planning_family, prospect
 
@@ -55,12 +59,10 @@ def test_what_is_given_stays(world: Path) -> None:
     assert {one.sizes for one in offloaded} == {Sizes(dp_shard=2)} and all(one.sharding.offload for one in offloaded)
 
 
-def test_memory_is_said_in_words_and_read_by_auto_alone(world: Path) -> None:
+def test_memory_is_said_in_words(world: Path) -> None:
     assert (memory_of("24GB"), memory_of("1.5 GiB"), memory_of("80 MB")) == (24e9, 1.5 * 2**30, 80e6)
-    with pytest.raises(ConfigError, match="auto = false searches for no plan"):
-        planned(world, '\n[parallel]\ndevice_memory = "24GB"\n')
-    with pytest.raises(ConfigError, match=r"parallel\.device_memory"):
-        planned(world, '\n[parallel]\nauto = true\ndevice_memory = "much"\n')
+    with pytest.raises(ConfigError, match=r"memory\.budget"):
+        planned(world, '\n[memory]\nbudget = "much"\n')
 
 
 def test_replicas_where_they_fit_and_nothing_where_nothing_does(world: Path) -> None:
@@ -79,11 +81,11 @@ def test_a_run_lays_itself_out_and_goes_on_so(world: Path) -> None:
     shards = needs(config, Candidate(Sizes(dp_shard=2), True))
     assert shards < 0.95 * replicas
     memory = f"{(shards + replicas) / 2e6:.3f}MB"
-    flags = ["--parallel.device_memory", memory, *(f"--parallel.{name}=1" for name in ("sp", "tp", "pp"))]
+    flags = ["--memory.budget", memory, *(f"--parallel.{name}=1" for name in ("sp", "tp", "pp"))]
     said = finish(start_training(write_config(world, 3, AUTO), *flags, ranks=2))
     assert "parallel.auto: dp_shard = 2" in said and "does not fit: dp_replicate = 2 would need" in said
     recorded = load_config(world / "run" / "config.toml")
-    assert recorded.parallel.dp_shard == 2 and not recorded.parallel.auto and recorded.parallel.device_memory is None
+    assert recorded.parallel.dp_shard == 2 and not recorded.parallel.auto and recorded.memory.budget is None
 
     again = _choose(config, cluster(2), resumes=True)  # with all the memory there is
     assert again.parallel["dp_shard"] == 2 and "the plan that this run has had, dp_shard = 2" in again.said[0]
@@ -93,3 +95,58 @@ def test_a_run_lays_itself_out_and_goes_on_so(world: Path) -> None:
     said = finish(start_training(write_config(world, 4, AUTO)))
     assert "was for 2 processes; searching anew" in said and "parallel.auto: one device" in said
     assert "Resuming from" in said
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of five blocks, of which some can travel."""
+    directory = tmp_path_factory.mktemp("deep") / "wan"
+    family_class("wan").tiny(directory, "t2v-1.3b", seed=1)
+    path = directory / "transformer" / "config.json"
+    larger = {"num_attention_heads": 16, "ffn_dim": 768, "num_layers": 5}
+    path.write_text(json.dumps(json.loads(path.read_text()) | larger))
+    return directory
+
+
+def budgeted(model: Path, memory: dict[str, Any], **training: Any) -> Config:
+    config: dict[str, Any] = {
+        "model": {"family": "wan", "variant": "t2v-1.3b", "path": str(model), "random_weights": True},
+        "data": {"sources": [{"path": str(model)}], "buckets": {"resolutions": [96], "frames": [9]}},
+        "training": {"steps": 2, "precision": "bf16", "batch_size": 1} | training,
+        "adapter": {"rank": 4},
+        "memory": memory,
+    }
+    return Config.model_validate(config)
+
+
+def test_a_budget_takes_what_is_fastest_of_what_fits(deep: Path) -> None:
+    """With plenty nothing; with less what runs again or waits in the host's memory; with the least all of it; and what
+    is given stays."""
+    config = budgeted(deep, {"budget": "80GB"})
+    gpu = replace(cluster(1), on_gpu=True, host_memory=1e12)
+    known = prospect(config, planning_family(config), Sizes())
+    ways = [(kind, Offloading(a, n)) for kind in (False, True) for a in (False, True) for n in (0, 3, 4, 5)]
+    takes = {
+        (kind, there): known.workload.forecast(Candidate(Sizes(), kind, offloading=there), gpu) for kind, there in ways
+    }
+
+    def choose(memory: float, config: Config = config) -> Forecast:
+        chosen = _choose(config, replace(gpu, device=replace(gpu.device, memory=memory)), resumes=False)
+        there = Offloading(chosen.memory["offload_activations"], chosen.memory["offload_blocks"])
+        assert chosen.apply(config).memory.budget is None and chosen.said[0].startswith("memory.budget: one device")
+        return takes[chosen.training["activation_checkpointing"], there]
+
+    plain = takes[False, Offloading()]
+    assert choose(plain.memory.total) is plain
+    needs = sorted(one.memory.total for one in takes.values())
+    assert needs[0] < needs[len(needs) // 2] < plain.memory.total
+    for memory in (plain.memory.total - 1, needs[len(needs) // 2], needs[0]):
+        chosen = choose(memory)
+        fitting = [one for one in takes.values() if one.memory.total <= memory]
+        assert chosen.memory.total <= memory
+        assert chosen.time.total <= 1.03 * min(one.time.total for one in fitting)  # of about equals the plainest
+    with pytest.raises(UserError, match=r"memory\.budget: no plan fits 1 x .*The smallest, .*offload_blocks = 5"):
+        choose(needs[0] - 1)
+
+    fixed = budgeted(deep, {"budget": "80GB", "offload_activations": False}, activation_checkpointing=False)
+    assert choose(takes[False, Offloading(False, 4)].memory.total, fixed).plan.offloading == Offloading(False, 4)

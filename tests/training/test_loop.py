@@ -11,6 +11,7 @@ class Counting:
 
     scale: LossScale | None
     non_finite: int = 0
+    release: None = None
 
 
 def steps_until_refused(trainer: Counting) -> int:

@@ -16,7 +16,7 @@ from kinema.parallel.mesh import start
 from kinema.runs.checkpoint_load import contents
 from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
-from kinema.training.state import load_training_state, training_state
+from kinema.training.state import averages_in_use, load_training_state, optimizer_numbers, training_state
 
 
 def network() -> nn.Module:
@@ -84,6 +84,49 @@ def test_resumed_equals_unbroken(tmp_path: Path, make: Callable[[nn.Module], lis
         assert torch.equal(got[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["adamw8bit", "automagic", "lion", "adafactor", "prodigy", "schedulefree", "torch.NAdam", "pytorch_optimizer.CAME"],
+)
+def test_codes_and_numbers_come_back(tmp_path: Path, kind: str) -> None:
+    """What is no tensor of a parameter's shape: codes and scales, averages of rows, and numbers beside tensors."""
+    from kinema.config.optimizer import OptimizerConfig
+    from kinema.optim.optimizers import build_optimizers
+
+    def start_anew() -> tuple[nn.Module, list[Optimizer]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(70, 64), nn.Linear(64, 4)).bfloat16()
+        own: dict[str, Any] = {"rounding": "kahan"} if kind in ("adamw8bit", "automagic") else {}
+        own |= {"options": {"d0": 1e-3}} if kind == "prodigy" else {}
+        config = OptimizerConfig(type=kind, **own)
+        return net, build_optimizers(named_trainables({"net": net}), set(), config, seed=1)
+
+    def run(net: nn.Module, optimizers: list[Optimizer], first: int, last: int) -> None:
+        for step in range(first, last):
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    checkpointer = Checkpointer(tmp_path, 1, True, start(ParallelConfig(), "cpu"))
+    net, optimizers = start_anew()
+    run(net, optimizers, 0, 3)
+    meta = {"optimizer_numbers": optimizer_numbers({"net": net}, optimizers)}
+    averages = averages_in_use({"net": net}, optimizers)
+    assert (averages != {}) == (kind == "schedulefree")
+    checkpointer.save(3, training_state({"net": net}, optimizers) | averages, meta)
+    checkpointer.wait()
+    run(net, optimizers, 3, 6)
+
+    again, again_optimizers = start_anew()
+    load_training_state(checkpointer, tmp_path / "step-00000003", {"net": again}, again_optimizers)
+    run(again, again_optimizers, 3, 6)
+    want, got = (flat(training_state({"net": n}, o)) for n, o in ((net, optimizers), (again, again_optimizers)))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    assert optimizer_numbers({"net": net}, optimizers) == optimizer_numbers({"net": again}, again_optimizers)
+
+
 def test_names_of_an_adapter(tmp_path: Path) -> None:
     """A frozen base is not stored."""
     net = network().requires_grad_(False)
@@ -140,5 +183,8 @@ def test_state_that_is_no_tensor_is_not_lost_silently() -> None:
     net = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.state[net.weight]["k"] = 3
-    with pytest.raises(TypeError, match="keeps 'k' as int"):
-        training_state({"net": net}, [optimizer])
+    (numbers,) = optimizer_numbers({"net": net}, [optimizer])
+    assert numbers == {"groups": [], "state": {"net.weight": {"k": 3}}}
+    optimizer.state[net.weight]["k"] = {"a": 3}
+    with pytest.raises(TypeError, match="keeps 'k' as dict"):
+        optimizer_numbers({"net": net}, [optimizer])

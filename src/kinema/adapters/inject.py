@@ -57,6 +57,18 @@ def add_planned(network: nn.Module, config: AdapterConfig, plan: Mapping[str, La
         parameter.requires_grad_(True)
 
 
+def leave_casts_to_autocast(network: nn.Module, config: AdapterConfig) -> None:
+    """The inputs of an adapted layer go into its factors as they are, of a network that runs under autocast alone.
+
+    peft casts them to the factors' type, and autocast casts them back: the same bits, but a copy in between, and one
+    for every layer that the backward pass keeps beside the input itself. DoRA takes norms in the type of its input.
+    """
+    if config.type in ("lora", "lokr"):
+        for module in network.modules():
+            if hasattr(module, "cast_input_dtype_enabled") or hasattr(module, "lokr_w1"):
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
 def _peft_config(config: AdapterConfig, plan: Mapping[str, LayerPlan]) -> Any:
     import peft
 
@@ -276,11 +288,11 @@ def shifted(name: str, shift: Tensor, parameters: Mapping[str, Tensor]) -> str:
 
 
 def _plain(network: nn.Module, name: str) -> Any:
-    """A layer whose weight can be changed: one that is stored in float8 becomes an ordinary one, in place."""
-    from kinema.networks.float8 import Float8Linear
+    """A layer whose weight can be changed: one that is stored in fewer bits becomes an ordinary one, in place."""
+    from kinema.networks.quantized import QuantizedLinear
 
     module = network.get_submodule(name)
-    if isinstance(module, Float8Linear):
+    if isinstance(module, QuantizedLinear):
         module = module.plain()
         network.set_submodule(name, module)
     return module

@@ -24,9 +24,11 @@ class PartConfig(Section):
     """Where this part comes from, if not `model.path`: a diffusers directory, a hub id, a single file, or a run or an
     export of kinema's that trained it whole (of a run what is newest, averaged where it keeps an average)."""
     dtype: Storage | None = None
-    """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`. `fp8`, for
-    parts that do not train (an adapter's base is one): linear layers are stored in float8 and used in the type of
-    the computation."""
+    """Type of its weights. Default: fp32 if it trains whole or encodes pixels, else `training.precision`. Four more are
+    for parts that do not train (an adapter's base is one), whose linear layers are stored in fewer bits and used in the
+    type of the computation: `fp8` (float8 e4m3, a scale for each row), `fp8_block` (a scale for 64 weights), `int8` (a
+    scale for each row), `nf4` (4 bits, a scale for 64 weights). Layers of norms, modulation and embeddings take 8 bits
+    in each of them. docs/guides/memory.md says how much each loses."""
 
 
 class ModelConfig(Section):

@@ -18,7 +18,7 @@ from kinema.config.write import toml_value
 INTRODUCTION = """\
 # Configuration
 
-*Made from the code by `make docs`; edit `src/kinema/config/schema.py`, `model.py` and `data.py` instead.*
+*Made from the code by `make docs`; edit `src/kinema/config/schema.py` and its neighbours instead.*
 
 A run is one TOML file. `kinema init FAMILY --card 24 -o lora.toml` writes a commented one. Every key has a
 default unless it says *needed*, so a LoRA takes a handful of lines:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from kinema.config.data import BucketConfig, DataConfig, SourceConfig, settle_source
 from kinema.config.layouts import LayoutName, default_layouts, why_not
+from kinema.config.memory import Checkpointing, MemoryConfig
 from kinema.config.model import AdapterConfig, ModelConfig
+from kinema.config.optimizer import EmaConfig, OptimizerConfig, ScheduleConfig, settle_optimizer
 from kinema.config.section import (
     Count,
     Dtype,
@@ -25,17 +27,7 @@ from kinema.config.section import (
     refuse_unread,
 )
 from kinema.errors import ConfigError
-from kinema.plugins import OBJECTIVES, OPTIMIZERS, Catalog
-
-
-def _check_name(catalog: Catalog, name: str, options: dict[str, Any]) -> None:
-    """Refuse a name that nothing has, and options for what is built in, whose keys are those of its table."""
-    try:
-        catalog.check(name)
-    except ConfigError as error:
-        raise refuse("type", str(error).removeprefix(f"{catalog.key}: ").rstrip(".")) from None
-    if options and catalog.is_built_in(name):
-        raise refuse("options", f"'{name}' comes with kinema and has its own keys; options are for other packages'")
+from kinema.plugins import OBJECTIVES
 
 
 class RunConfig(Section):
@@ -77,7 +69,13 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _known(self) -> ObjectiveConfig:
-        _check_name(OBJECTIVES, self.type, self.options)
+        try:
+            OBJECTIVES.check(self.type)
+        except ConfigError as error:
+            raise refuse("type", str(error).removeprefix(f"{OBJECTIVES.key}: ").rstrip(".")) from None
+        if self.options and OBJECTIVES.is_built_in(self.type):
+            message = f"'{self.type}' comes with kinema and has its own keys; options are for other packages'"
+            raise refuse("options", message)
         return self
 
     @model_validator(mode="after")
@@ -85,53 +83,6 @@ class ObjectiveConfig(Section):
         if self.t_min >= self.t_max:
             raise refuse("t_min", f"{self.t_min} is not below t_max = {self.t_max}")
         return self
-
-
-class OptimizerConfig(Section):
-    type: str = Field(default="adamw", examples=["adamw", "muon"])
-    """`adamw`, or `muon`, which takes the matrices of the blocks and leaves the rest to AdamW. Other packages may add
-    optimisers."""
-    options: dict[str, bool | int | float | str | tuple[float, ...]] = {}
-    """Arguments of an optimiser from another package."""
-    lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
-    part_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Peak learning rates of parts that have their own, where several train: `part_lr = { text_encoder = 1e-5 }`."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """AdamW's decay rates."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay; vectors (biases, norms) have none."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Muon's momentum."""
-    matrix_lr: float | None = Field(default=None, gt=0)
-    """Learning rate of Muon's matrices, scaled to match AdamW's update size; default: `lr`."""
-
-    @model_validator(mode="after")
-    def _known(self) -> OptimizerConfig:
-        _check_name(OPTIMIZERS, self.type, self.options)
-        return self
-
-    @model_validator(mode="after")
-    def _matrix_lr_is_muons(self) -> OptimizerConfig:
-        if self.matrix_lr is not None and self.type != "muon":
-            raise refuse("matrix_lr", f'only type = "muon" has it, and type is "{self.type}"')
-        return self
-
-
-class ScheduleConfig(Section):
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up, down to `final_fraction` of the peak at the last step of the run."""
-    final_fraction: float = Field(default=0.0, ge=0, le=1)
-    """What is left of the peak at the end."""
-
-
-class EmaConfig(Section):
-    decay: float = Field(default=0.9999, gt=0, lt=1)
-    """Decay per step; early steps use min(decay, (1 + n) / (10 + n))."""
 
 
 class BatchSizeConfig(Section):
@@ -142,6 +93,11 @@ class BatchSizeConfig(Section):
     counts."""
     frames: Count | None = None
     """Buckets of this length. Default: any."""
+
+
+TrainingAttention = Literal["sdpa", "cudnn", "flash", "flash_hub", "flash3_hub", "xformers"]
+SamplingAttention = TrainingAttention | Literal["flash3", "sage", "sage_hub"]
+"""The latter have no backward pass."""
 
 
 class TrainingConfig(Section):
@@ -163,10 +119,24 @@ class TrainingConfig(Section):
     """Compute type. `auto`: bf16 where the hardware computes in it, else fp32. fp16 scales the loss."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass."""
-    compile: bool = False
-    """Compile the repeated blocks (torch.compile, one compilation for all blocks of a kind)."""
+    activation_checkpointing: Checkpointing = False
+    """Compute activations again in the backward pass: of every block (`true`); of every block but for the results of
+    attention and of matrix products, which are kept (`"selective"`); of every n-th block (a number); or of a share of
+    the blocks of each list, the first ones (`{ transformer_blocks = 0.4, single_transformer_blocks = 1.0 }`)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the repeated blocks (torch.compile, one compilation for all blocks of a kind). `auto`: on GPUs with
+    Triton and a C compiler, for runs of 500 steps or more, which win back the minutes that it takes."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Compute the products of the blocks' linear layers in float8, forward and backward, where a whole network trains:
+    with a scale for each matrix (`tensorwise`, the fastest) or for each row (`rowwise`, the more exact). Needs torchao
+    (`pip install 'kinema[quant]'`) and a GPU with float8 (Ada, Hopper or newer), and pays with `compile`."""
+    attention: TrainingAttention = "sdpa"
+    """Whose attention the blocks use: torch's choice of its own kernels (`sdpa`) or its cuDNN one (`cudnn`),
+    FlashAttention 2 as a package (`flash`) or ready-made from the hub (`flash_hub`, needs the package kernels),
+    FlashAttention 3 from there (`flash3_hub`), `xformers`. Attention with a mask or in fp32 stays with torch."""
+    fuse_qkv: bool = False
+    """Compute queries, keys and values by one product where a whole network trains, in families whose attention can
+    take them from one. Names and checkpoints stay as they are."""
     caption_dropout: Probability | dict[str, Probability] = 0.0
     """Share of samples that train with the empty caption. A table gives text encoders shares of their own, which are
     drawn independently: `caption_dropout = { text_encoder = 0.3, text_encoder_2 = 0.3 }`."""
@@ -279,16 +249,10 @@ class PreviewConfig(Every):
 SequenceAttention = Literal["ulysses", "ring"]
 
 
-MEMORY = r"^\d+(\.\d+)? ?[kKMGT]i?B$"
-"""An amount of memory, as people write it: 24GB."""
-
-
 class ParallelConfig(Section):
     auto: bool = False
     """Choose the plan when the run starts, by the forecast of `kinema plan`: the fastest that fits these devices. Sizes
     and `training.activation_checkpointing` that are given stay as they are."""
-    device_memory: str | None = Field(default=None, pattern=MEMORY, examples=["24GB"])
-    """The memory of each device that an `auto` plan may take; default: what is free when the run starts."""
     dp_replicate: Count | Literal["auto"] = "auto"
     """Copies of the network that share the batch."""
     dp_shard: int = Field(default=1, gt=0)
@@ -340,7 +304,6 @@ class ParallelConfig(Section):
             return {}
         pipeline = ("schedule", "stages_per_rank", "partition", "split") if self.pp == 1 else ()
         unread = dict.fromkeys(pipeline, "pp = 1 is no pipeline")
-        unread["device_memory"] = "auto = false searches for no plan"
         if self.sp == 1:
             unread["attention"] = "sp = 1 shares no sequence"
         if self.dp_shard == 1:
@@ -376,6 +339,8 @@ class Config(Section):
     """What is minimised."""
     training: TrainingConfig
     """Length, batch, precision and memory of the training."""
+    memory: MemoryConfig = MemoryConfig()
+    """What waits in the host's memory during a step."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How weights are updated."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -414,6 +379,11 @@ class Config(Section):
         """Held-out sources get whole tables of captions and buckets too."""
         for one in self.evaluation.sets:
             object.__setattr__(one, "sources", tuple(settle_source(source, self.data) for source in one.sources))
+        return self
+
+    @model_validator(mode="after")
+    def _settle_optimizer(self) -> Config:
+        object.__setattr__(self, "optimizer", settle_optimizer(self))
         return self
 
     @model_validator(mode="after")

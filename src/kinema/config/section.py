@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -22,7 +23,9 @@ def _expand_home_text(path: str) -> str:
 
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Storage = Literal["fp32", "bf16", "fp16", "fp8"]
+Storage = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "nf4"]
+QUANTIZED: Mapping[str, float] = {"fp8": 1.0, "fp8_block": 1.07, "int8": 1.0, "nf4": 0.54}
+"""The types of `Storage` for weights that do not train, and the bytes that a weight of a large matrix takes in each."""
 Count = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 UserPath = Annotated[Path, AfterValidator(_expand_home)]

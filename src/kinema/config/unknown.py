@@ -56,13 +56,15 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _homes(word: str, table: KeyPath) -> list[tuple[str, ...]]:
-    """Tables that have this key, those nearest to ``table`` first, at most four."""
+    """Tables that have this key, those nearest to ``table`` first, at most four. Of a table and one inside it that has
+    the key for exceptions (``[optimizer]`` and ``[[optimizer.groups]]``), the outer one."""
     names = [key for key in table if isinstance(key, str)]
 
     def shared(home: tuple[str, ...]) -> int:
         return sum(1 for ours, theirs in zip(names, home, strict=False) if ours == theirs)
 
-    homes = [key[:-1] for key in all_keys() if key[-1] == word]
+    having = [key[:-1] for key in all_keys() if key[-1] == word]
+    homes = [home for home in having if not any(home[:depth] in having for depth in range(len(home)))]
     return sorted(homes, key=lambda home: (-shared(home), len(home)))[:4]
 
 

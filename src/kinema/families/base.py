@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kinema.config.model import PartConfig
 from kinema.config.schema import Config, ModelConfig
+from kinema.config.section import QUANTIZED
 from kinema.data.batch import Batch, Encoding, Sample
 from kinema.data.lengths import CAUSAL, ClipLengths
 from kinema.dtypes import torch_dtype
@@ -191,7 +192,7 @@ class Family(ABC):
         small, and what they lose in a shorter type is seen. So latents do not depend on the type of the training.
         """
         configured = getattr(self.config, part, PartConfig()).dtype
-        if configured not in (None, "fp8"):  # float8 is how it is stored; what it computes in is as without it
+        if configured is not None and configured not in QUANTIZED:  # those say how it is stored alone
             return torch_dtype(configured)
         return compute if part.startswith(("network", "text_encoder")) else torch_dtype("fp32")
 

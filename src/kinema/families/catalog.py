@@ -123,7 +123,7 @@ def _part(family: Family, name: str, counts: Mapping[str, int]) -> Part:
 def supports(family: Family) -> tuple[str, ...]:
     """What can be done with a variant, in words.
 
-    ``full`` and the kinds of adapters; ``fp8`` (a frozen base stored in float8), ``compile``,
+    ``full`` and the kinds of adapters; ``fp8`` (a frozen base stored in 8 or 4 bits), ``compile``,
     ``activation_checkpointing``; ``text_encoders`` where those can train too; ``experts`` where two networks share the
     noise levels; ``first_frame``, ``last_frame``, ``controls``: what it is told besides text.
     """

@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kinema.config.model import PartConfig
 from kinema.config.schema import Config
+from kinema.config.section import QUANTIZED
 from kinema.data.batch import Sample
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
@@ -35,6 +36,7 @@ from kinema.families.loading import (
     read_json,
     with_config,
 )
+from kinema.families.stored import load_quantized
 from kinema.families.tensors import looks_like, tensor_shapes
 from kinema.randomness import derive_seed
 from kinema.runs.checkpoint_list import META
@@ -54,8 +56,6 @@ class StandardFamily(Family):
     """The original layout of the network."""
     block_lists: ClassVar[tuple[str, ...]]
     """Names of the network's lists of repeated blocks, in the order in which they run."""
-    high_precision: ClassVar[tuple[str, ...]] = ()
-    """Words in the names of layers inside the blocks that float8 storage leaves alone."""
     configs: ClassVar[Path | None] = None
     """Where its published configurations lie, ``<variant>/<folder>/...``; None: with kinema, under its name."""
     encoding_version: ClassVar[str]
@@ -190,11 +190,15 @@ class StandardFamily(Family):
 
     def load(self, part: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
         configured = part_config(self.config, part).dtype
-        if configured not in (None, "fp8"):
+        if configured is not None and configured not in QUANTIZED:
             dtype = torch_dtype(configured)
         source = self.source(part)
+        quantized = configured in QUANTIZED and str(device) != "meta"
         if self._is_drawn(part):
-            return self._drawn(source, derive_seed(self.seed, "random_weights", part), device, dtype)
+            draw = partial(self._drawn, source, derive_seed(self.seed, "random_weights", part))
+            if quantized:
+                return load_quantized(self, part, partial(draw, "cpu", dtype), dtype).to(device)
+            return draw(device, dtype)
         if source.found is None and (self.spec(part).model or (part.startswith("tokenizer") and not source.config)):
             raise UserError(self._nowhere(part))
         if (loader := self.spec(part).load) is not None:
@@ -202,19 +206,9 @@ class StandardFamily(Family):
         kind = next((kind for kind in SMALL_LOADERS if part.startswith(kind)), None)
         if kind is not None:
             return SMALL_LOADERS[kind](source)
-        if configured == "fp8":  # rounded in this machine's memory: the device never holds the wider weights
-            return self._in_float8(load_weights(source, "cpu", dtype), part, dtype).to(device)
+        if quantized:  # rounded in this machine's memory: the device never holds the wider weights
+            return load_quantized(self, part, partial(load_weights, source, "cpu", dtype), dtype).to(device)
         return load_weights(source, device, dtype)
-
-    def _in_float8(self, module: nn.Module, part: str, dtype: torch.dtype | None) -> nn.Module:
-        from kinema.networks.float8 import store_float8
-
-        exact = kept_in_float32(module, dtype)
-        if part.startswith("network"):
-            store_float8(self.blocks(module).values(), exact | set(self.high_precision))
-        else:
-            store_float8([module], exact | {"lm_head"})
-        return module
 
     def empty(self, part: str) -> nn.Module:
         source = self._described(part, self._find(part, weights=False))
@@ -299,17 +293,18 @@ class StandardFamily(Family):
                 trained = ", ".join(self.trained_parts())
                 raise ConfigError(f"optimizer.part_lr: '{part}' does not train here. What does: {trained}.")
         for part in self.trained_parts():
-            if part_config(config.model, part).dtype != "fp8":
+            stored = part_config(config.model, part).dtype
+            if stored not in QUANTIZED:
                 continue
             if config.adapter is None:
                 raise ConfigError(
-                    f'model.{part}.dtype: "fp8" stores weights that do not train, and the whole {part} trains here. '
-                    "Add an [adapter], or choose bf16 or fp32."
+                    f'model.{part}.dtype: "{stored}" stores weights that do not train, and the whole {part} trains '
+                    "here. Add an [adapter], or choose bf16 or fp32."
                 )
             if isinstance(config.parallel.dp_shard, int) and config.parallel.dp_shard > 1:
                 raise ConfigError(
-                    f'model.{part}.dtype: FSDP2 shards blocks whose weights have one type, which a base in "fp8" has '
-                    "not. Set parallel.dp_shard = 1, or choose bf16."
+                    f"model.{part}.dtype: FSDP2 shards blocks whose weights have one type, which a base in "
+                    f'"{stored}" has not. Set parallel.dp_shard = 1, or choose bf16.'
                 )
         for part in config.model.train or ():
             if part not in known:

@@ -21,8 +21,11 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 NETWORK_INSIDE = ("model.diffusion_model.", "diffusion_model.")
 """What the network's names begin with in files that hold a whole model."""
-_FP8_SCALES = (".scale_weight", ".weight_scale")
+_FP8_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
+"""ComfyUI's, Kijai's and musubi-tuner's name; ComfyUI's newer one; DeepSeek's, which multiplies too."""
 _FP8_EXTRAS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
+_OTHER_FORMATS = (".weight_scale_2", ".bitsandbytes__nf4", ".bitsandbytes__fp4", ".absmax", ".qweight")
+"""Endings of names beside weights that lie packed: nvfp4, bitsandbytes, GPTQ."""
 
 _SIGNS = (
     ("a LoRA or another adapter", r"lora_|\.lora\.|\.hada_|\.lokr_|\.diff(_b)?$"),
@@ -160,9 +163,18 @@ def _advice(file: Path) -> str:
 
 
 def undo_fp8_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """ComfyUI's scaled float8 files: each weight times its scale, in ``dtype``; other files unchanged."""
+    """Scaled float8 files: each weight times its scale, in ``dtype``; other files unchanged.
+
+    Scales are for the matrix, for each row, for blocks of a row ([out, blocks, 1], musubi-tuner) or for tiles ([rows of
+    tiles, columns of tiles], DeepSeek). UserError for files in formats that pack weights.
+    """
     scales: dict[str, Tensor] = {}
     for name, value in state.items():
+        if name.endswith(_OTHER_FORMATS):
+            raise UserError(
+                f"The file has {name}: its weights are packed in a format that kinema does not read. Give the file in "
+                'bf16, fp16 or float8; model.network.dtype = "nf4" or "int8" rounds it while it is loaded.'
+            )
         for ending in _FP8_SCALES:
             if name.endswith(ending):
                 scales[name.removesuffix(ending) + ".weight"] = value
@@ -173,9 +185,18 @@ def undo_fp8_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
         if name.endswith((*_FP8_SCALES, *_FP8_EXTRAS)):
             continue
         if name in scales:
-            scale = scales[name].float()
-            scale = scale.view(*scale.shape, *[1] * (value.ndim - scale.ndim))
-            result[name] = (value.float() * scale).to(dtype)
+            result[name] = (value.float() * _for_each(scales[name].float(), value)).to(dtype)
         else:
             result[name] = value
     return result
+
+
+def _for_each(scale: Tensor, value: Tensor) -> Tensor:
+    """A scale as one that multiplies every weight of a value."""
+    if scale.ndim == value.ndim + 1 and scale.shape[-1] == 1:  # blocks of a row
+        scale = scale.squeeze(-1)
+    scale = scale.view(*scale.shape, *[1] * (value.ndim - scale.ndim))
+    for dim, (size, whole) in enumerate(zip(scale.shape, value.shape, strict=True)):
+        if size not in (1, whole):
+            scale = scale.repeat_interleave(-(-whole // size), dim).narrow(dim, 0, whole)
+    return scale

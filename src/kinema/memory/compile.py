@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    import torch
+
+    from kinema.config.schema import Config
+
+PAYS_FROM = 500
+"""Steps from which on ``training.compile = "auto"`` compiles: a block takes Inductor about a minute, forward and
+backward, and saves some tenths of each step."""
+VERSIONS = 64
+"""Kinds of a block's inputs that may be compiled, before torch would run it without a word as it is. Sizes that change
+are one kind; blocks with text or without, pictures, a batch of one and other precisions are more."""
 
 
 def compile_blocks(blocks: Mapping[str, nn.ModuleList], backend: str = "inductor") -> None:
@@ -18,6 +34,25 @@ def compile_blocks(blocks: Mapping[str, nn.ModuleList], backend: str = "inductor
     # Layers that tensor-parallel peers share remember what they have read last, until the end of the block: nothing
     # that a second run of a checkpointed block would have to repeat.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
     for group in blocks.values():
         for block in group:
             block.compile(backend=backend)
+
+
+def settled(config: Config, device: torch.device, earlier: bool | None) -> bool:
+    """``training.compile`` for this run. ``auto`` compiles on GPUs where it pays; a run that goes on does as
+    ``earlier`` (None: it begins), for compiled blocks round in other places."""
+    if config.training.compile != "auto":
+        return config.training.compile
+    can = device.type == "cuda" and importlib.util.find_spec("triton") is not None and _c_compiler()
+    if earlier is not None:
+        return earlier and can
+    steps, parallel = config.training.steps, config.parallel
+    zero_bubble = parallel.pp > 1 and parallel.schedule == "zero_bubble"  # cannot take a compiled block apart
+    return can and not zero_bubble and (steps is None or steps >= PAYS_FROM)
+
+
+def _c_compiler() -> bool:
+    """Triton builds what starts its kernels with one."""
+    return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from kinema.memory.checkpointing import selective_contexts
 from kinema.memory.dry_run import ATTENTION, DryRun
 
 
@@ -42,14 +43,17 @@ class DryArithmetic(TorchFunctionMode):
             torch.is_autocast_enabled, torch.get_autocast_dtype = asked, asked_type
 
     @contextmanager
-    def checkpointed(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    def checkpointed(self, blocks: Iterable[nn.Module], selective: bool = False) -> Iterator[None]:
         """Inside, activation checkpointing of these blocks. They run again in the backward pass, where torch would let
         go of this mode."""
         given = [(block, vars(block).get("forward")) for block in blocks]
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            first, again = selective_contexts() if selective else (nullcontext(), nullcontext())
+            return first, _both(again, self)
+
         for block, _ in given:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), self)
-            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         try:
             yield
         finally:
@@ -83,6 +87,12 @@ class DryArithmetic(TorchFunctionMode):
         cast = value.to(self.compute)
         self.casts += cast.nbytes if value.requires_grad and value.is_leaf else 0
         return cast
+
+
+@contextmanager
+def _both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:
+    with one, other:
+        yield
 
 
 def _raised(value: Any) -> Any:

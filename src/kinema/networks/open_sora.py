@@ -14,8 +14,8 @@ Parameter names are those of the published checkpoint, so that its weights load 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -110,9 +110,12 @@ class Modulation(nn.Module):
 class StreamAttention(nn.Module):
     """What one stream of a double block brings to the attention of both, and what it takes from it."""
 
+    fusable: ClassVar[Mapping[str, tuple[str, ...]]] = {"qkv": ("q_proj", "k_proj", "v_proj")}
+    """The layer that ``fused_projections`` asks for, and of what it can be made."""
+
     def __init__(self, dim: int, heads: int, bias: bool, fused: bool) -> None:
         super().__init__()
-        self.head_dim, self.fused = dim // heads, fused
+        self.head_dim, self.fused_projections = dim // heads, fused
         if fused:
             self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         else:
@@ -124,7 +127,10 @@ class StreamAttention(nn.Module):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, hidden] -> [B, S, heads, D] each; queries and keys are normalised."""
-        parts = self.qkv(x).chunk(3, dim=-1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        if self.fused_projections:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return *self.norm(query, key), value
 
@@ -165,10 +171,12 @@ class SingleBlock(nn.Module):
     Called as ``block(tokens [B, L + N, hidden], vec [B, hidden], rotary)``; returns tokens.
     """
 
+    fusable: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear1": ("q_proj", "k_proj", "v_mlp")}
+
     def __init__(self, dim: int, heads: int, mlp_dim: int, fused: bool, rope: Rope) -> None:
         super().__init__()
-        self.head_dim, self.fused, self.rope = dim // heads, fused, rope
-        self.sizes = (dim, dim, dim, mlp_dim) if fused else (dim, mlp_dim)
+        self.head_dim, self.fused_projections, self.rope = dim // heads, fused, rope
+        self.sizes = dim, dim, dim, mlp_dim
         if fused:
             self.linear1 = nn.Linear(dim, 3 * dim + mlp_dim)
         else:
@@ -183,11 +191,11 @@ class SingleBlock(nn.Module):
     def forward(self, tokens: Tensor, vec: Tensor, rotary: Rotary) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         inputs = _modulated(tokens, shift, scale)
-        if self.fused:
+        if self.fused_projections:
             query, key, value, inner = _in_proportion(self.linear1(inputs), self.sizes)
         else:
             query, key = self.q_proj(inputs), self.k_proj(inputs)
-            value, inner = _in_proportion(self.v_mlp(inputs), self.sizes)
+            value, inner = _in_proportion(self.v_mlp(inputs), self.sizes[2:])
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
         query, key = self.norm(query, key)
         attended = self.attention(rotate(query, rotary, self.rope), rotate(key, rotary, self.rope), value)

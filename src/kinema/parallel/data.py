@@ -13,7 +13,7 @@ checkpointing; hooks on the parameters have none of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,19 +27,26 @@ from torch.distributed.tensor import DTensor
 from kinema.errors import UserError
 from kinema.networks.mapped import settle, tensors
 from kinema.optim.gradients import local_part
-from kinema.parallel.fsdp import Sharding, accumulating, shard_fully
+from kinema.parallel.fsdp import Sharding, accumulating, move, shard_fully
 from kinema.parallel.mesh import World
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are reduced in pieces of about this size (DDP's default)."""
 
+Summed = Callable[[Sequence[nn.Parameter]], None]
+
 _reducers: WeakKeyDictionary[nn.Module, GradientReducer] = WeakKeyDictionary()
 
 
 def shard(
-    network: nn.Module, blocks: Mapping[str, nn.ModuleList], world: World, sharding: Sharding | None = None
+    network: nn.Module,
+    blocks: Mapping[str, nn.ModuleList],
+    world: World,
+    sharding: Sharding | None = None,
+    elsewhere: Collection[nn.Parameter] = (),
 ) -> None:
-    """Lay a network over the ranks, in place; afterwards it is on ``world.device``.
+    """Lay a network over the ranks, in place; afterwards it is on ``world.device``, but for the parameters that stay
+    ``elsewhere``.
 
     Call it after adapters and activation checkpointing, before the optimiser and the EMA are made: with
     ``dp_shard`` > 1 its parameters become DTensors, laid out as ``sharding`` says. It may still be on the CPU: blocks
@@ -53,24 +60,26 @@ def shard(
         replicated = shard_fully(network, blocks, world, sharding or Sharding())
     else:
         settle(network)
-        replicated = list(network.to(world.device).parameters())
+        replicated = list(network.parameters())
+        move(network, [p for p in replicated if p not in set(elsewhere)], world.device)
     trained = [p for p in replicated if p.requires_grad]
     if trained and world.sizes.dp * world.sizes.sp > 1:
         _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))
 
 
 @contextmanager
-def accumulate(network: nn.Module, last: bool = True) -> Iterator[None]:
+def accumulate(network: nn.Module, last: bool = True, summed: Summed | None = None) -> Iterator[None]:
     """Run one micro-batch, forward and backward, inside this context; ``last`` is True for the last one of a step.
 
     After the last, every parameter's ``grad`` is the sum over micro-batches and ranks. One backward pass a context.
+    ``summed``: is given replicated parameters within the last backward pass, as soon as their gradients are summed.
     """
     reducer = _reducers.get(network)
     with ExitStack() as stack:
         if isinstance(network, FSDPModule):
             stack.enter_context(accumulating(network, last))
         if reducer is not None and last:
-            stack.enter_context(reducer.reducing())
+            stack.enter_context(reducer.reducing(summed))
         yield
 
 
@@ -94,7 +103,9 @@ class GradientReducer:
         self._bucket_of: dict[nn.Parameter, int] = {}
         self._active = False
         self._missing: list[set[nn.Parameter]] = []
-        self._sent: list[tuple[Tensor, Any]] = []
+        self._sent: list[tuple[Tensor, Any] | None] = []
+        self._taken = 0
+        self._summed: Summed | None = None
         filled: dict[Any, tuple[int, int]] = {}  # (dtype, device) -> its open bucket and that one's bytes
         for parameter in reversed(list(parameters)):
             kind, size = (parameter.dtype, parameter.device), parameter.numel() * parameter.element_size()
@@ -108,10 +119,13 @@ class GradientReducer:
             parameter.register_post_accumulate_grad_hook(self._gradient_ready)
 
     @contextmanager
-    def reducing(self) -> Iterator[None]:
-        """Reduce during the one backward pass inside; on leaving, all gradients are summed."""
+    def reducing(self, summed: Summed | None = None) -> Iterator[None]:
+        """Reduce during the one backward pass inside; on leaving, all gradients are summed.
+
+        ``summed`` is given each bucket when it is and the next one is on its way; it may take the gradients away.
+        """
         self._missing = [set(bucket) for bucket in self.buckets]
-        self._sent = []
+        self._sent, self._taken, self._summed = [], 0, summed
         self._active = True
         try:
             yield
@@ -119,10 +133,8 @@ class GradientReducer:
             self._active = False
         while len(self._sent) < len(self.buckets):
             self._send()
-        for bucket, (flat, work) in zip(self.buckets, self._sent, strict=True):
-            work.wait()
-            self._drop_unused(bucket, flat)
-        self._sent = []
+        self._take(len(self.buckets))
+        self._sent, self._summed = [], None
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         if not self._active:
@@ -146,6 +158,21 @@ class GradientReducer:
                 parameter.grad = _gradient(parameter, flat[offset : offset + piece.numel()])
             offset += piece.numel()
         self._sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+        if self._summed is not None:
+            del flat, pieces, piece  # what is taken is to be free
+            self._take(len(self._sent) - 1)
+
+    def _take(self, count: int) -> None:
+        """Wait until the first buckets are summed."""
+        while self._taken < count:
+            bucket, sent = self.buckets[self._taken], self._sent[self._taken]
+            assert sent is not None
+            sent[1].wait()
+            self._drop_unused(bucket, sent[0])
+            self._sent[self._taken] = sent = None
+            self._taken += 1
+            if self._summed is not None:
+                self._summed(bucket)
 
     def _drop_unused(self, bucket: list[nn.Parameter], flat: Tensor) -> None:
         """Give gradients to parameters that only other ranks used."""

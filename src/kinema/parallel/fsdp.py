@@ -20,7 +20,7 @@ stored: whole on every process, its gradients to be summed by the caller.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,7 +100,7 @@ def shard_fully(
     settle(network)
     fully_shard(network, mesh=mesh, reshard_after_forward=True, offload_policy=offload)
     _keep_recording(network)
-    _move_rest(network, whole, world.device)
+    move(network, whole, world.device)  # `nn.Module.to` would take the shards that are to stay in host memory
     for module in _groups(network):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
@@ -144,9 +144,9 @@ def _keep_recording(network: nn.Module) -> None:
         output_capturing._CAN_RECORD_REGISTRY[network] = recorded
 
 
-def _move_rest(network: nn.Module, whole: list[nn.Parameter], device: torch.device) -> None:
-    """Put on the device what is not sharded; `nn.Module.to` would take the shards that are to stay in host memory."""
-    for parameter in whole:
+def move(network: nn.Module, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Put these parameters of a network, and all its buffers, on the device."""
+    for parameter in parameters:
         parameter.data = parameter.data.to(device)
     for module in network.modules():
         for name, buffer in module._buffers.items():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from typing import cast
 
+from kinema.config.memory import Checkpointing
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
 from kinema.parallel.plan_memory import forecast
-from kinema.parallel.plan_model import DEFAULT, Memory, Model, Pass, Sharding
+from kinema.parallel.plan_model import DEFAULT, NOTHING, Memory, Model, Offloading, Pass, Sharding
+from kinema.parallel.plan_offload import offloaded
 from kinema.parallel.plan_time import MFU, StepTime, Traffic, shared_out, step_time, traffic
 
 LARGEST_TP = 8
@@ -34,13 +37,30 @@ class Batch:
     micro_batches: int
 
 
+Kind = bool | str | int | tuple[tuple[str, float], ...]
+"""``training.activation_checkpointing``, a table as its items."""
+KINDS: tuple[Kind, ...] = (False, True)
+"""Those that a search tries."""
+
+
+def kind_of(configured: Checkpointing) -> Kind:
+    """``training.activation_checkpointing`` as plans have it."""
+    return tuple(sorted(configured.items())) if isinstance(configured, Mapping) else configured
+
+
+def as_configured(kind: Kind) -> Checkpointing:
+    """The way back."""
+    return dict(kind) if isinstance(kind, tuple) else cast("Checkpointing", kind)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A plan."""
 
     sizes: Sizes
-    checkpointing: bool
+    checkpointing: Kind
     sharding: Sharding = DEFAULT
+    offloading: Offloading = NOTHING
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class Workload:
     """What is to be laid out: the model, its passes and its batch, for any plan."""
 
     model: Model
-    passes: Callable[[bool, int, int, int], Pass]
+    passes: Callable[[Kind, int, int, int], Pass]
     """(activation checkpointing, samples at once, sp, tp) -> a micro-batch on one device."""
     batch: Callable[[Sizes], Batch]
     splits: bool = False
@@ -85,9 +105,13 @@ class Workload:
             one = shared_out(self.passes(plan.checkpointing, batch.micro, 1, 1), sizes.sp, sizes.tp)
         else:
             one = self.passes(plan.checkpointing, batch.micro, sizes.sp, sizes.tp)
-        memory = forecast(self.model, one, sizes, batch.micro_batches, plan.sharding, cluster.on_gpu)
-        time = step_time(self.model, one, sizes, batch.micro_batches, cluster, mfu, plan.sharding)
-        sent = traffic(self.model, one, sizes, batch.micro_batches, plan.sharding)
+        hosted = offloaded(self.model, one, plan.offloading)
+        model, one, count = hosted.model, hosted.one, batch.micro_batches
+        memory = forecast(model, one, sizes, count, plan.sharding, cluster.on_gpu)
+        memory = replace(memory, host=memory.host + hosted.bytes)
+        sent = traffic(model, one, sizes, count, plan.sharding)
+        sent = replace(sent, host=sent.host + hosted.sent * count)
+        time = step_time(model, one, sizes, count, cluster, mfu, plan.sharding, sent, hosted.updated)
         return Forecast(plan, batch, memory, time, sent)
 
     def fitting(self, plan: Candidate, cluster: Cluster, mfu: float = MFU, at_best: bool = False) -> Forecast:
@@ -136,13 +160,13 @@ def layouts(cluster: Cluster) -> Iterator[Sizes]:
         yield from (Sizes(pp, dp // shard, shard, sp, tp) for shard in dividers if dp % shard == 0)
 
 
-def candidates(cluster: Cluster) -> Iterator[Candidate]:
-    """All plans that are worth a look, those in the machines' own memory left out."""
-    for sizes in layouts(cluster):
-        for checkpointing in (False, True):
-            yield from (
-                Candidate(sizes, checkpointing, Sharding(zero)) for zero in ((3, 2, 1) if sizes.dp_shard > 1 else (3,))
-            )
+def candidates(
+    cluster: Cluster, kinds: Iterable[Kind] = KINDS, offloading: Offloading = NOTHING
+) -> Iterator[Candidate]:
+    """All plans that are worth a look, those with shards in the machines' own memory left out."""
+    for sizes, kind in itertools.product(layouts(cluster), tuple(kinds)):
+        for zero in (3, 2, 1) if sizes.dp_shard > 1 else (3,):
+            yield Candidate(sizes, kind, Sharding(zero), offloading)
 
 
 Order = tuple[int, int, float]

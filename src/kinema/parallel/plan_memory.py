@@ -14,7 +14,7 @@ from functools import cache
 from kinema.parallel.data import BUCKET_BYTES
 from kinema.parallel.mesh import Sizes
 from kinema.parallel.plan_model import DEFAULT, OUTSIDE, Memory, Model, Pass, Sharding, Weight
-from kinema.parallel.plan_stages import Stage, moments_of, stages_of, through
+from kinema.parallel.plan_stages import Stage, moments_of, passes_of, stages_of
 
 MARGIN = 0.06
 """Share of the whole that an allocator loses to fragments and libraries take as workspace."""
@@ -55,8 +55,7 @@ def forecast(
     """The memory that a plan takes on its fullest device.
 
     ``one``: a micro-batch of the size that one device takes, as one of those does it that share its sequences and
-    matrices. With ``on_gpu``, the margins of an allocator and of the libraries, and weights that are fetched ahead,
-    count too.
+    matrices. With ``on_gpu``, the margins of an allocator and of the libraries count too.
     """
     laid = Laid(sizes, how, micro_batches)
     ranks = range(sizes.pp)
@@ -73,17 +72,18 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     stages = stages_of(model, sizes.pp)[rank :: sizes.pp]
     last = len(stages) * sizes.pp - 1
     ends = [rank + turn * sizes.pp == last for turn in range(len(stages))]
-    passes = [through(one, stage, end) for stage, end in zip(stages, ends, strict=True)]
+    passes = list(passes_of(model, one, sizes.pp, rank))
     if laid.sharded:
         passes = [_with_short_weights(model, part) for part in passes]
     arrives = [one.handed_on if rank + turn else 0.0 for turn in range(len(stages))]
     kept = [sum(s.kept for s in part.forward) + more for part, more in zip(passes, arrives, strict=True)]
-    rows: list[tuple[float, float, float]] = [(0.0, sums["gradient"], _being_reduced(sums["gradient"], laid)[1])]
+    total = _gradients_at_once(model, sums["gradient"], laid)
+    rows: list[tuple[float, float, float]] = [(0.0, total, _being_reduced(total, laid)[1])]
     schedule = moments_of(model.schedule, sizes.pp, model.stages_per_rank, laid.micro_batches)
     for turn, part in enumerate(passes):
         walks = {
-            False: _forward(model, part, laid, blocks, sums["gradient"], on_gpu),
-            True: _backward(model, part, laid, blocks, sums["gradient"], 0.0 if ends[turn] else one.handed_on),
+            False: _forward(model, part, laid, blocks, total),
+            True: _backward(model, part, laid, blocks, total, 0.0 if ends[turn] else one.handed_on),
         }
         waits: dict[bool, float] = {}
         for moment in schedule[rank]:
@@ -100,6 +100,9 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     if laid.how.offload:
         host = sums["bytes"] + sums["gradient"] + sums["state"] + sums["average"]
         memory = replace(memory, weights=0.0, gradients=0.0, optimizer=0.0, average=0.0, host=host)
+    elif model.visiting_state is not None and on_gpu:
+        here = min(memory.optimizer, model.visiting_state)
+        memory = replace(memory, optimizer=here, host=memory.optimizer)
     return replace(memory, weights=memory.weights + model.buffers)
 
 
@@ -142,29 +145,42 @@ def _being_reduced(total: float, laid: Laid) -> tuple[float, float]:
     return (bucket if total > BUCKET_BYTES and laid.sizes.pp == 1 else 0.0), bucket
 
 
-def _forward(
-    model: Model, part: Pass, laid: Laid, blocks: Stage, total: float, on_gpu: bool
-) -> list[tuple[float, float, float]]:
+def _gradients_at_once(model: Model, total: float, laid: Laid) -> float:
+    """Bytes of the gradients that are there when most are: all of them, or where each is let go when its weight is
+    updated, the largest. Replicas have a bucket that fills, one that is sent and one that is used."""
+    if model.largest_gradient is None:
+        return total
+    buckets = 2 * BUCKET_BYTES if laid.sizes.dp_replicate * laid.sizes.sp > 1 else 0
+    return min(total, model.largest_gradient + buckets)
+
+
+def _forward(model: Model, part: Pass, laid: Laid, blocks: Stage, total: float) -> list[tuple[float, float, float]]:
     """(activations, gradients, gathered) in every segment of a forward pass."""
     whole = _whole(model, laid.sizes.tp)[0]
     everything = whole[OUTSIDE] + sum(whole[block] for block in blocks)
     whole_until_the_end = laid.accumulates and laid.how.zero == 1
     before = total if laid.accumulates and not whole_until_the_end else 0.0
+    frees = _frees_casts(part)
     found = []
     level = casts = so_far = 0.0
+    buffer = whole[OUTSIDE]
     for segment in part.forward:
-        casts += 0.0 if laid.sharded else segment.casts
-        gathered = 0.0
-        if laid.sharded and laid.how.zero == 3:
-            gathered = _gathered(whole, segment.block, 1, on_gpu)
-            found.append((level, before, _arriving(whole, segment.block)))
-        elif laid.sharded:
-            so_far += whole[segment.block] if segment.block != OUTSIDE else 0.0
-            gathered = everything if laid.accumulates else whole[OUTSIDE] + so_far
-            if whole_until_the_end:
-                gathered += _whole_gradients(model, laid, blocks)
-        kept_casts = casts if _frees_casts(part) else 0.0
-        found.append((level + segment.peak + kept_casts, before, gathered))
+        casts += segment.casts if segment.block in frees and not laid.sharded else 0.0
+        activations = level + segment.peak + casts
+        if laid.sharded:
+            # FSDP2 holds the buffer that a group came in until the next group has been copied from its own.
+            own = whole[segment.block] if segment.block != OUTSIDE else 0.0
+            so_far = own if laid.how.zero == 3 else so_far + own
+            earlier = before if laid.how.zero == 3 else 0.0  # below, a step's first micro-batch gathers for all
+            if own:
+                found.append((level, earlier, whole[OUTSIDE] + so_far + buffer + own))
+                buffer = own
+            found.append((activations, earlier, whole[OUTSIDE] + so_far + buffer))
+        if not laid.sharded:
+            found.append((activations, before, 0.0))
+        elif laid.how.zero < 3 and laid.accumulates:
+            waiting = _whole_gradients(model, laid, blocks) if whole_until_the_end else 0.0
+            found.append((activations, before, everything + waiting))
         level += segment.kept
     return found
 
@@ -183,7 +199,7 @@ def _backward(
         made = own * raw[segment.block]  # before they are cast to be summed
         if laid.sharded and laid.how.zero == 3:
             # The weights before it are fetched ahead; then whole gradients, and once more in the order of sending.
-            here, before = _gathered(whole, segment.block, -1, True), _gathered(whole, segment.block, -1, False)
+            here, before = _gathered(whole, segment.block, ahead=True), _gathered(whole, segment.block, ahead=False)
             found.append((level, total if laid.accumulates else done, _arriving(whole, segment.block)))
             found.append(
                 (level + segment.peak, total if laid.accumulates else done, max(here + made, before + made + own))
@@ -198,7 +214,8 @@ def _backward(
         elif laid.accumulates:
             found.append((level + segment.peak, total, along))
         else:
-            found.append((level + segment.peak, done + segment.own_peak - segment.peak, along))
+            own_too = done + segment.own_peak - segment.peak
+            found.append((level + segment.peak, own_too if model.largest_gradient is None else total, along))
         done = min(total, done + own / shards)
         level += segment.kept
     return found
@@ -216,11 +233,11 @@ def _with_short_weights(model: Model, part: Pass) -> Pass:
         less = segment.casts if segment.block in short else 0.0
         if less:
             casts[segment.block] += less
-        kept = segment.kept - (0.0 if frees else less)
+        kept = segment.kept - (0.0 if segment.block in frees else less)
         forward.append(replace(segment, casts=segment.casts - less, kept=kept, peak=segment.peak - less))
     for segment in part.backward:
         less = segment.casts if segment.block in short else 0.0  # where blocks run again
-        kept = segment.kept + (0.0 if frees else casts.pop(segment.block, 0.0))
+        kept = segment.kept + (0.0 if segment.block in frees else casts.pop(segment.block, 0.0))
         peak, own_peak = segment.peak - less, segment.own_peak - less
         backward.append(replace(segment, casts=segment.casts - less, kept=kept, peak=peak, own_peak=own_peak))
     return Pass(tuple(forward), tuple(backward))
@@ -235,10 +252,12 @@ def _whole_gradients(model: Model, laid: Laid, blocks: Stage) -> float:
     )
 
 
-def _frees_casts(one: Pass) -> bool:
-    """Whether cast weights are freed before the backward pass: where blocks run again, autocast alone holds them."""
-    forward, backward = (sum(segment.casts for segment in part) for part in (one.forward, one.backward))
-    return backward > 0.5 * forward > 0
+def _frees_casts(one: Pass) -> set[int]:
+    """The blocks whose cast weights are freed before the backward pass: where they run again, autocast alone holds
+    them."""
+    casts = {segment.block: segment.casts for segment in one.forward}
+    again = {segment.block: segment.casts for segment in one.backward}
+    return {block for block, size in casts.items() if again.get(block, 0.0) > 0.5 * size > 0}
 
 
 def _arriving(whole: Sequence[float], block: int) -> float:
@@ -246,9 +265,8 @@ def _arriving(whole: Sequence[float], block: int) -> float:
     return whole[OUTSIDE] + (2 if block != OUTSIDE else 1) * whole[block]
 
 
-def _gathered(whole: Sequence[float], block: int, step: int, on_gpu: bool) -> float:
-    """Whole weights on the device while a block computes: those outside of blocks stay for the whole pass."""
-    blocks = [block] if block != OUTSIDE else []
-    if on_gpu and blocks and 0 <= block + step < len(whole) - 1:
-        blocks.append(block + step)
-    return whole[OUTSIDE] + sum(whole[number] for number in blocks)
+def _gathered(whole: Sequence[float], block: int, ahead: bool) -> float:
+    """Whole weights on the device while a block computes backward: those outside of blocks stay for the whole pass;
+    ``ahead``: those of the block that comes next too."""
+    blocks = [number for number in (block, block - ahead) if number >= 0] if block != OUTSIDE else []
+    return whole[OUTSIDE] + sum(whole[number] for number in dict.fromkeys(blocks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
@@ -22,6 +22,17 @@ class Sharding:
 
 
 DEFAULT = Sharding()
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """What waits in the host's memory during a step, as ``[memory]`` says it."""
+
+    activations: bool = False
+    blocks: int = 0
+
+
+NOTHING = Offloading()
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,17 @@ class Pass:
         ]
         return Pass(*lines)
 
+    def mixed(self, other: Pass, chosen: Sequence[bool]) -> Pass:
+        """With the segments of ``other``, a pass of the same network, for the blocks that are chosen."""
+        lines = [
+            tuple(
+                two if one.block != OUTSIDE and chosen[one.block] else one
+                for one, two in zip(mine, theirs, strict=True)
+            )
+            for mine, theirs in ((self.forward, other.forward), (self.backward, other.backward))
+        ]
+        return Pass(*lines)
+
     @cached_property
     def sums(self) -> Segment:
         """Every quantity over all segments."""
@@ -150,6 +172,11 @@ class Model:
     """Of each block, the unit that it belongs to."""
     ring: bool = False
     """Whether sequence parallel sends keys and values round while it computes."""
+    largest_gradient: float | None = None
+    """Bytes of the largest gradient, where each is let go within the backward pass; None: all are there at its end."""
+    visiting_state: float | None = None
+    """Bytes of the optimiser's state that a device has at once, where the rest waits in the host's memory; None: the
+    device has all."""
 
 
 @dataclass(frozen=True)

@@ -82,3 +82,11 @@ def through(one: Pass, stage: Stage, is_last: bool) -> Pass:
         tuple(segment for segment in forward if segment.block == OUTSIDE or segment.block in stage),
         tuple(segment for segment in backward if segment.block == OUTSIDE or segment.block in stage),
     )
+
+
+@cache
+def passes_of(model: Model, one: Pass, pp: int, rank: int) -> tuple[Pass, ...]:
+    """What a process of a pipeline runs of a pass, stage by stage."""
+    stages = stages_of(model, pp)[rank::pp]
+    last = len(stages) - 1 if rank == pp - 1 else None
+    return tuple(through(one, stage, turn == last) for turn, stage in enumerate(stages))

@@ -5,14 +5,14 @@ A model on paper. Its assumptions are constants here, and docs/scaling.md says w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
 from kinema.parallel.plan_memory import local
 from kinema.parallel.plan_model import DEFAULT, OUTSIDE, Model, Pass, Segment, Sharding
-from kinema.parallel.plan_stages import in_short
+from kinema.parallel.plan_stages import Stage, in_short, passes_of, stages_of
 from kinema.parallel.schedule import Schedule, orders
 
 MFU = 0.4
@@ -25,6 +25,10 @@ ALL_REDUCES = 2
 network."""
 HOST_BYTES = 25e9
 """Bytes a second that the processors of a machine read and write for each of its devices while they update weights."""
+
+
+SUMMED = ("gradients", "exchanged", "reduced", "gathered")
+"""Of a pass's segments, what its traffic follows from."""
 
 
 @dataclass(frozen=True)
@@ -112,21 +116,35 @@ def shared_out(one: Pass, sp: int, tp: int) -> Pass:
 
 
 def traffic(model: Model, one: Pass, sizes: Sizes, micro_batches: int, how: Sharding = DEFAULT) -> Traffic:
-    """What one device sends in a step of ``micro_batches``; ``one`` is its own part of them."""
-    share = 1 / sizes.pp  # weights outside of the blocks are few
+    """The most that a device sends in a step of ``micro_batches``; ``one`` is its own part of them, in all stages."""
+    of_ranks = [_traffic_of(model, one, sizes, micro_batches, how, rank) for rank in range(sizes.pp)]
+    if len(of_ranks) == 1:
+        return of_ranks[0]
+    return Traffic(**{name.name: max(getattr(each, name.name) for each in of_ranks) for name in fields(Traffic)})
+
+
+def _traffic_of(model: Model, one: Pass, sizes: Sizes, micro_batches: int, how: Sharding, rank: int) -> Traffic:
+    """Likewise of one process of a pipeline. What lies outside of blocks is counted on every one."""
     sharded = sizes.weight_shards > 1
-    of = _totals(model, sizes)
+    blocks = frozenset[int]().union(*stages_of(model, sizes.pp)[rank :: sizes.pp])
+    passes = passes_of(model, one, sizes.pp, rank)
+    sums = {name: sum(getattr(part.sums, name) for part in passes) for name in SUMMED}
+    of = _totals(model, sizes, blocks)
     gathers = 2 * micro_batches if how.zero == 3 else 1
+    backward = (segment.block for part in passes for segment in part.backward if segment.block != OUTSIDE)
+    reached = min(backward, default=0)
+    whole = micro_batches * (of.whole + _gathered_again(model, sizes, blocks, reached)) if how.zero == 3 else of.whole
+    used = min(1.0, sums["gradients"] / of.made) if of.made else 0.0  # of some outputs nothing follows
     scatters = 1 if how.zero == 1 else micro_batches
-    held = share * of.weights * gathers + share * of.gradients * scatters
+    held = of.weights * gathers + of.gradients * scatters
     return Traffic(
-        replicate_reduce=share * (of.gradients + (0 if sharded else of.flags)) if replicas(sizes) > 1 else 0.0,
-        shard_gather=share * gathers * of.whole if sharded else 0.0,
-        shard_scatter=share * scatters * of.whole_gradients if sharded else 0.0,
-        small_reduce=share * of.small if sharded else 0.0,
-        sp_exchange=share * micro_batches * one.sums.exchanged if sizes.sp > 1 else 0.0,
-        tp_reduce=share * micro_batches * one.sums.reduced if sizes.tp > 1 else 0.0,
-        tp_gather=share * micro_batches * one.sums.gathered if sizes.tp > 1 else 0.0,
+        replicate_reduce=of.gradients + (0 if sharded else of.flags) if replicas(sizes) > 1 else 0.0,
+        shard_gather=whole if sharded else 0.0,
+        shard_scatter=scatters * used * of.whole_gradients if sharded else 0.0,
+        small_reduce=of.small if sharded else 0.0,
+        sp_exchange=micro_batches * sums["exchanged"] if sizes.sp > 1 else 0.0,
+        tp_reduce=micro_batches * sums["reduced"] if sizes.tp > 1 else 0.0,
+        tp_gather=micro_batches * sums["gathered"] if sizes.tp > 1 else 0.0,
         pp_send=2 * micro_batches * one.handed_on * model.stages_per_rank if sizes.pp > 1 else 0.0,
         host=held if how.offload and sharded else 0.0,
     )
@@ -140,14 +158,17 @@ def step_time(
     cluster: Cluster,
     mfu: float = MFU,
     how: Sharding = DEFAULT,
+    sent: Traffic | None = None,
+    updated: float = 0.0,
 ) -> StepTime:
-    """How long a step takes; ``one`` is a device's own part of a micro-batch."""
+    """How long a step takes; ``one`` is a device's own part of a micro-batch. ``sent``: its traffic, if more than the
+    plan's own; ``updated``: bytes that its machine reads and writes in an update besides."""
     compute = one.flops * micro_batches / sizes.pp / (cluster.device.flops * mfu)
     spans = {"tp": sizes.tp, "sp": sizes.tp * sizes.sp}
     spans["dp_shard"] = spans["sp"] * sizes.dp_shard
     spans["dp_replicate"] = spans["dp_shard"] * sizes.dp_replicate
     spans["pp"] = sizes.total
-    wire = traffic(model, one, sizes, micro_batches, how).wire(sizes)
+    wire = (sent or traffic(model, one, sizes, micro_batches, how)).wire(sizes)
     to_host = wire.pop("host", 0.0)
     sending = {name: sent / cluster.bandwidth(spans[name]) for name, sent in wire.items()}
     if to_host:
@@ -156,7 +177,10 @@ def step_time(
     hidden = sum(sending.values()) - waited
     exposed = waited + max((1 - OVERLAP) * hidden, hidden - compute)
     if how.offload and sizes.weight_shards > 1:
-        exposed += _totals(model, sizes).updated / sizes.pp / HOST_BYTES
+        updated += _totals(model, sizes).updated / sizes.pp
+    exposed += updated / HOST_BYTES
+    if model.visiting_state is not None and cluster.on_gpu:  # it travels while weights are updated, not before
+        exposed += 2 * _totals(model, sizes).state / sizes.pp / cluster.device.host
     bubble = bubble_of(model.schedule, sizes.pp, model.stages_per_rank, micro_batches)
     return StepTime(compute, exposed, bubble, sending)
 
@@ -171,9 +195,21 @@ def bubble_of(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) ->
     return idle * simulated / (idle * simulated + (1 - idle) * micro_batches)
 
 
+@cache
+def _gathered_again(model: Model, sizes: Sizes, blocks: Stage, first: int) -> float:
+    """Bytes of the weights that FSDP2 gathers for a backward pass: of blocks from the ``first`` that it reaches, as
+    nothing trains before, and of the one before it, which is fetched ahead."""
+    shards = sizes.weight_shards
+    return sum(
+        local(weight, sizes) * shards * weight.whole
+        for weight in model.weights
+        if not weight.stays and (weight.block == OUTSIDE or (weight.block in blocks and weight.block >= first - 1))
+    )
+
+
 @dataclass
 class _Totals:
-    """Bytes of all weights of a network: on one device, and whole, as FSDP2 pads them."""
+    """Bytes of weights of a network: on one device, and whole, as FSDP2 pads them."""
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -183,17 +219,25 @@ class _Totals:
     """Gradients, with their flags, of what stays whole where others are sharded."""
     whole: float = 0.0
     whole_gradients: float = 0.0
+    made: float = 0.0
+    """All gradients, as one of the devices that share matrices makes them."""
+    state: float = 0.0
+    """Of the optimiser."""
     updated: float = 0.0
     """Read and written in an update: weights, state and averages twice, gradients once."""
 
 
 @cache
-def _totals(model: Model, sizes: Sizes) -> _Totals:
+def _totals(model: Model, sizes: Sizes, blocks: Stage | None = None) -> _Totals:
+    """``blocks``: with what lies outside of them; all."""
     found = _Totals()
     for weight in model.weights:
+        if blocks is not None and weight.block != OUTSIDE and weight.block not in blocks:
+            continue
         flags = weight.tensors * weight.gradient / weight.elements if weight.gradient else 0
         stays = weight.stays and sizes.weight_shards > 1
         share = local(weight if stays else replace(weight, stays=False), sizes)
+        found.made += local(replace(weight, stays=True), sizes) * weight.gradient
         if stays:
             found.small += share * weight.gradient + flags
             continue
@@ -204,5 +248,6 @@ def _totals(model: Model, sizes: Sizes) -> _Totals:
         found.whole += share * shards * weight.whole
         found.whole_gradients += share * shards * weight.gradient
         if weight.trains:
+            found.state += share * weight.state
             found.updated += share * (2 * (weight.bytes + weight.state + weight.average) + weight.gradient)
     return found

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from kinema.config.section import QUANTIZED
 from kinema.errors import ConfigError
 from kinema.families.tensor_plans import REFUSED, Split, TensorPlan, tensor_plan
 from kinema.parallel.mesh import World
@@ -49,9 +50,10 @@ def check_tensor_parallel(config: Config, family: Family) -> None:
             'has under tensor parallel. Set adapter.type = "lora", or share the network by parallel.dp_shard.'
         )
     for part in family.trained_parts():
-        if getattr(config.model, part).dtype == "fp8":
+        stored = getattr(config.model, part).dtype
+        if stored in QUANTIZED:
             raise ConfigError(
-                f'model.{part}.dtype: a base stored as "fp8" has a scale for each row of its matrices, which '
+                f'model.{part}.dtype: a base stored as "{stored}" has scales for rows or blocks of its matrices, which '
                 f'parallel.tp = {size} would cut. Set model.{part}.dtype = "bf16", or parallel.tp = 1.'
             )
         network = family.load(part, "meta", None)

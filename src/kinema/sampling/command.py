@@ -14,6 +14,7 @@ from kinema.errors import UserError
 from kinema.sampling.first_picture import FirstPicture, pictures_of, wanted
 from kinema.sampling.index import add_to_index, prepare_index, read_index, there_already
 from kinema.sampling.jobs import Job, check_sources, job_again, read_order
+from kinema.sampling.kernels import Kernels
 from kinema.sampling.offload import check_offload, choose_offload, let_go, out_of_memory_advice
 from kinema.sampling.planning import Plan, companions
 from kinema.sampling.provenance import essence, image_contents, machine_facts
@@ -83,6 +84,8 @@ def sample(
     crf: int | None = None,
     sp: int = 1,
     sp_attention: str | None = None,
+    attention_backend: str | None = None,
+    fuse_qkv: bool = False,
 ) -> list[Path]:
     """Write ``num_samples`` files for each prompt, with the seeds ``seed``, ``seed`` + 1, ...; returns their paths.
 
@@ -108,7 +111,9 @@ def sample(
 
     Under torchrun the pipeline's calls are shared out over the ranks, and each rank returns the paths of its own. With
     ``sp`` above 1 so many ranks draw each sample together (`kinema.sampling.together`), and the first of them has it;
-    ``sp_attention``: "ulysses" or "ring", as ``parallel.attention`` of a training.
+    ``sp_attention``: "ulysses" or "ring", as ``parallel.attention`` of a training. ``attention_backend``: whose
+    attention the network uses, ``fuse_qkv``: whether it computes queries, keys and values at once
+    (`kinema.sampling.kernels`).
     UserError, before anything is loaded, for what cannot be made.
     """
     given = locals()
@@ -141,18 +146,22 @@ def sample(
         check_together(sp, job.plan.weights.family)
         where = _named_device(device or job.device, rank, device)
     _probe(where, rank, device)
+    kind = _dtype_for(where, dtype or job.dtype)
+    kernels = Kernels(attention_backend or "sdpa", fuse_qkv)
+    with rank.one_voice():
+        kernels.check(job.plan.weights.family, where, kind, attention if sp > 1 else None)
     if order is not None:  # whoever is asked may cost money: all else is right by now
         with rank.one_voice():
             job = order.worded(job, first=rank.number == 0)
-    kind = _dtype_for(where, dtype or job.dtype)
     groups = job.plan.calls[rank.share :: rank.shares]
     with out_of_memory_advice(where), together(sp, where, attention) as others:
         if job.first is not None:
             own = pictures_of(groups, job.plan, job.first.plan)
             said_once = "auto" if where.type == "cpu" else offload
-            _write_all(job.first, own, rank, others, where, kind, said_once, again=bool(again))
+            of_first = Kernels(kernels.attention)
+            _write_all(job.first, own, rank, others, where, kind, said_once, of_first, again=bool(again))
             let_go(where)
-        return _write_all(job, groups, rank, others, where, kind, offload, again=bool(again))
+        return _write_all(job, groups, rank, others, where, kind, offload, kernels, again=bool(again))
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
@@ -166,6 +175,7 @@ def _write_all(
     device: torch.device,
     dtype: torch.dtype,
     offload: str,
+    kernels: Kernels,
     *,
     again: bool,
 ) -> list[Path]:
@@ -176,7 +186,7 @@ def _write_all(
     from kinema.sampling.writing import write_sidecar, write_video
 
     plan, weights = job.plan, job.plan.weights
-    machine = machine_facts(device, dtype)
+    machine = {**machine_facts(device, dtype), **kernels.facts}
     entry_of = _entries(plan, groups, {**job.facts, **machine})
     names = {i: plan.drawings[i].file for group in groups for i in group if plan.drawings[i].file}
     index = {} if again or not rank.writes else read_index(plan.folder)
@@ -208,6 +218,7 @@ def _write_all(
                 say(note)
             parts = load_parts(weights, device if kind == "none" else "cpu", dtype)
             others.split(weights.family, parts)
+            kernels.install(weights.family, parts)
             pipeline = weights.family.pipeline(parts)
             pipeline.set_progress_bar_config(disable=True)
             samples = sample_many(
@@ -255,7 +266,7 @@ def _machine_notes(stored: Mapping[str, Any] | None, machine: Mapping[str, Any])
     """How this machine is not the one that a file was drawn on, where it is drawn again."""
     if stored is None:
         return []
-    names = ("dtype", "device_name", "threads", "versions")
+    names = ("dtype", "device_name", "threads", "versions", "attention", "fuse_qkv")
     other = [name for name in names if name in stored and stored[name] != machine.get(name)]
     said = "; ".join(f"{name} was {stored[name]}, is {machine.get(name)}" for name in other)
     return [f"Bytes may differ in rounding from the file's: {said}."] if other else []

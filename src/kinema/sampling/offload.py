@@ -8,10 +8,12 @@ same device. Weights stay in the machine's memory; the device gets copies, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from kinema.config.section import QUANTIZED
 from kinema.errors import UserError
 from kinema.sizes import readable_bytes
 from kinema.suggest import did_you_mean
@@ -76,9 +78,10 @@ def part_bytes(family: Family, dtype: torch.dtype) -> dict[str, int]:
     found = {}
     for part in entry(family.name, family.variant.name).parts:
         configured = getattr(family.config, part.name, None)
-        narrow = configured is not None and configured.dtype == "fp8"
+        stored = None if configured is None else configured.dtype
         if part.parameters:
-            found[part.name] = part.parameters * (1 if narrow else family.part_dtype(part.name, dtype).itemsize)
+            size = QUANTIZED.get(stored or "", family.part_dtype(part.name, dtype).itemsize)
+            found[part.name] = math.ceil(part.parameters * size)
     return found
 
 

@@ -17,7 +17,8 @@ from kinema.sampling.weights import Weights, find_weights, weights_at
 if TYPE_CHECKING:
     import torch
 
-VOLATILE = ("images", "weights", "weights_from", "batch", "device", "device_name", "threads", "versions", "adapters")
+VOLATILE = ("images", "weights", "weights_from", "batch", "device", "device_name", "threads", "versions", "adapters",
+            "attention", "fuse_qkv")  # fmt: skip
 """Facts of a file that do not tell whether it is what is asked for: places, for contents count, and the machine."""
 
 

@@ -162,7 +162,7 @@ def _in_step(world: World) -> bool:
 def _runner(trainer: Trainer, sample: Batch, memory: TrialMemory, bucket: Bucket) -> Callable[[int], float]:
     """``run`` of `Trials`: the largest share of any rank."""
     world = trainer.world
-    compiled = trainer.config.training.compile
+    compiled = trainer.config.training.compile is True
 
     def run(count: int) -> float:
         for _ in range(1 + compiled):  # a compiler needs memory too, the first time
@@ -217,8 +217,10 @@ def _untouched(trainer: Trainer, networks: Mapping[str, nn.Module]) -> Iterator[
                 for parameter in set(optimizer.state) - before:
                     del optimizer.state[parameter]
                 for group, values in zip(optimizer.param_groups, settings, strict=True):
+                    for key in set(group) - set(values) - {"params"}:
+                        del group[key]
                     group.update(values)
-            if trainer.config.training.compile:
+            if trainer.config.training.compile is True:
                 torch._dynamo.reset()  # sizes met in trials would make every later compilation a dynamic one
 
 

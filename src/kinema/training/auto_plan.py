@@ -1,19 +1,21 @@
-"""``parallel.auto``: the plan of a run, chosen when it starts.
+"""``parallel.auto`` and ``memory.budget``: the plan of a run, chosen when it starts.
 
-Sizes that the configuration gives stay; the others are searched over the run's own processes, by the forecast of
-`kinema plan`, with the memory that its devices have. The main process decides for all.
+What the configuration gives stays; the rest is searched by the forecast of `kinema plan`, with the memory that the
+run's devices have: sizes of the mesh with ``parallel.auto``; with ``memory.budget`` what is computed again and what
+waits in the host's memory, none of which changes more than rounding. The main process decides for all.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
+from kinema.config.write import toml_value
 from kinema.errors import UserError
 from kinema.parallel.mesh import Sizes, World, lay_out
 from kinema.sizes import readable_bytes
@@ -33,14 +35,16 @@ class Chosen:
 
     parallel: dict[str, Any]
     training: dict[str, Any]
+    memory: dict[str, Any]
     said: tuple[str, ...] = ()
     """What the user is told."""
 
     def apply(self, config: Config) -> Config:
         """The configuration with this plan in full, as if it had been given."""
-        parallel = config.parallel.model_copy(update=self.parallel | {"auto": False, "device_memory": None})
+        parallel = config.parallel.model_copy(update=self.parallel | {"auto": False})
         training = config.training.model_copy(update=self.training)
-        return config.model_copy(update={"parallel": parallel, "training": training})
+        memory = config.memory.model_copy(update=self.memory | {"budget": None})
+        return config.model_copy(update={"parallel": parallel, "training": training, "memory": memory})
 
 
 def lay_out_by_itself(config: Config, world: World, resumes: bool) -> tuple[Config, World, tuple[str, ...]]:
@@ -51,7 +55,7 @@ def lay_out_by_itself(config: Config, world: World, resumes: bool) -> tuple[Conf
     """
     from kinema.parallel.mesh import sizes_of
 
-    cluster = _cluster(config, world)
+    cluster = cluster_of(config, world)
     outcome: tuple[Chosen | None, str] = (None, "")
     if world.is_main:
         try:
@@ -61,54 +65,72 @@ def lay_out_by_itself(config: Config, world: World, resumes: bool) -> tuple[Conf
     chosen, problem = world.broadcast_object(outcome)
     if chosen is None:
         raise UserError(problem)
-    config = chosen.apply(config)
-    return config, lay_out(world, sizes_of(config.parallel, world.size)), chosen.said
+    searched, config = config.parallel.auto, chosen.apply(config)
+    return config, lay_out(world, sizes_of(config.parallel, world.size)) if searched else world, chosen.said
 
 
 def _choose(config: Config, cluster: Cluster, resumes: bool) -> Chosen:
+    key = _key(config)
     before = _plan_of_run(config) if resumes else None
     said: tuple[str, ...] = ()
     if before is not None:
         processes = Sizes(**{name: before.parallel[name] for name in SIZES}).total
         if processes == cluster.count and _agrees(config, before):
-            words = _in_words(before.parallel, before.training)
-            return replace(before, said=(f"parallel.auto: the plan that this run has had, {words}.",))
+            words = _in_words(before)
+            return replace(before, said=(f"{key}: the plan that this run has had, {words}.",))
         why = f"for {processes} processes" if processes != cluster.count else "another than what is given now"
-        said = (f"parallel.auto: the plan that this run has had was {why}; searching anew.",)
+        said = (f"{key}: the plan that this run has had was {why}; searching anew.",)
     found, seconds = _search(config, cluster)
     if not found.best:
-        raise UserError(_nothing_fits(cluster, found))
-    best = found.best[0]
-    chosen = _as_changes(config, best)
-    lines = _told(best, found, cluster, seconds, _in_words(chosen.parallel, chosen.training))
-    return replace(chosen, said=(*said, *lines))
+        raise UserError(_nothing_fits(key, config, cluster, found))
+    chosen = _as_changes(config, found.best[0])
+    return replace(chosen, said=(*said, *_told(key, config, found, cluster, seconds)))
+
+
+def _key(config: Config) -> str:
+    return "parallel.auto" if config.parallel.auto else "memory.budget"
 
 
 def _search(config: Config, cluster: Cluster) -> tuple[Found, float]:
+    from kinema.parallel.mesh import sizes_of
     from kinema.parallel.plan import search
-    from kinema.training.plan import planning_family, prospect
+    from kinema.training.plan import planning_family, prospect, with_offloading
 
     started = time.perf_counter()
     family = planning_family(config)
-    known = prospect(config, family, Sizes(dp_replicate=cluster.count))
-    found = search(known.workload, cluster, known.refusal, count=1, among=allowed(config, cluster))
+    sizes = Sizes(dp_replicate=cluster.count) if config.parallel.auto else sizes_of(config.parallel, cluster.count)
+    known = prospect(config, family, sizes)
+    plans: Iterable[Candidate] = allowed(config, cluster)
+    if config.memory.budget is not None:
+        plans = with_offloading(config, known, cluster, plans)
+    found = search(known.workload, cluster, known.refusal, count=1, among=plans)
     return found, time.perf_counter() - started
 
 
 def allowed(config: Config, cluster: Cluster) -> Iterator[Candidate]:
     """The plans that keep to what the configuration gives."""
-    from kinema.parallel.plan import candidates
+    from kinema.parallel.mesh import sizes_of
+    from kinema.parallel.plan import Candidate, candidates, kind_of
+    from kinema.parallel.plan_model import Sharding
+    from kinema.training.plan import kinds, offloading_of
 
     parallel, training = config.parallel, config.training
+    fixed = "activation_checkpointing" in training.model_fields_set
+    if not parallel.auto:
+        for kind in (kind_of(training.activation_checkpointing),) if fixed else kinds(config):
+            yield Candidate(
+                sizes_of(parallel, cluster.count), kind, Sharding(parallel.zero, parallel.cpu_offload),
+                offloading_of(config),
+            )  # fmt: skip
+        return
     given = {name for name in (*SIZES, "zero", "cpu_offload") if name in parallel.model_fields_set}
     sizes = {name: getattr(parallel, name) for name in given & set(SIZES) if getattr(parallel, name) != "auto"}
-    fixed = "activation_checkpointing" in training.model_fields_set
-    for plan in candidates(cluster):
+    for plan in candidates(cluster, kinds(config), offloading_of(config)):
         if any(getattr(plan.sizes, name) != size for name, size in sizes.items()):
             continue
         if "zero" in given and plan.sizes.dp_shard > 1 and plan.sharding.zero != parallel.zero:
             continue
-        if fixed and plan.checkpointing != training.activation_checkpointing:
+        if fixed and plan.checkpointing != kind_of(training.activation_checkpointing):
             continue
         if not (parallel.cpu_offload and "cpu_offload" in given):
             yield plan
@@ -117,75 +139,85 @@ def allowed(config: Config, cluster: Cluster) -> Iterator[Candidate]:
 
 
 def _as_changes(config: Config, best: Forecast) -> Chosen:
+    from kinema.parallel.plan import as_configured
+
     plan, batch = best.plan, best.batch
     parallel: dict[str, Any] = {name: getattr(plan.sizes, name) for name in SIZES}
     parallel |= {"zero": plan.sharding.zero, "cpu_offload": plan.sharding.offload}
-    training: dict[str, Any] = {"activation_checkpointing": plan.checkpointing}
+    training: dict[str, Any] = {"activation_checkpointing": as_configured(plan.checkpointing)}
     if batch.micro_batches > 1 and config.training.micro_batch_size is None:
         training["micro_batch_size"] = batch.micro
-    return Chosen(parallel, training)
+    memory = {"offload_activations": plan.offloading.activations}
+    if config.memory.offload_blocks != "auto" or config.memory.budget is not None:
+        memory |= {"offload_blocks": plan.offloading.blocks}
+    return Chosen(parallel, training, memory)
 
 
-def _in_words(parallel: dict[str, Any], training: dict[str, Any]) -> str:
+def _in_words(plan: Chosen) -> str:
+    parallel, training = plan.parallel, plan.training
     words = [f"{name} = {parallel[name]}" for name in SIZES if parallel[name] > 1] or ["one device"]
     if parallel["dp_shard"] > 1 and parallel["zero"] != 3:
         words.append(f"zero = {parallel['zero']}")
     words += ["cpu_offload"] * parallel["cpu_offload"]
-    words += ["activation_checkpointing"] * training["activation_checkpointing"]
+    if kind := training["activation_checkpointing"]:
+        words.append("activation_checkpointing" + ("" if kind is True else f" = {toml_value(kind)}"))
     if training.get("micro_batch_size") is not None:
         words.append(f"micro_batch_size = {training['micro_batch_size']}")
+    words += ["offload_activations"] * plan.memory["offload_activations"]
+    if plan.memory.get("offload_blocks"):
+        words.append(f"offload_blocks = {plan.memory['offload_blocks']}")
     return ", ".join(words)
 
 
-def _told(best: Forecast, found: Found, cluster: Cluster, seconds: float, words: str) -> list[str]:
+def _told(key: str, config: Config, found: Found, cluster: Cluster, seconds: float) -> list[str]:
+    best = found.best[0]
     memory = f"{readable_bytes(best.memory.total)} of {readable_bytes(cluster.device.memory)} on a device"
     if best.memory.host:
         memory += f", {readable_bytes(best.memory.host)} of its machine's memory"
     lines = [
-        f"parallel.auto: {words}; forecast: {memory}, about {best.time.total:.2g} s a step, if devices compute as "
-        f"docs/scaling.md says ({found.tried} plans looked at in {seconds:.1f} s)."
+        f"{key}: {_in_words(_as_changes(config, best))}; forecast: {memory}, about {best.time.total:.2g} s a step, if "
+        f"devices compute as docs/scaling.md says ({found.tried} plans looked at in {seconds:.1f} s)."
     ]
     if found.plainer:
         named = "; ".join(
-            f"{_in_words(changes.parallel, changes.training)} would need {readable_bytes(one.memory.total)}"
+            f"{_in_words(_as_changes(config, one))} would need {readable_bytes(one.memory.total)}"
             for one in found.plainer[:SHOWN]
-            for changes in [_as_changes_of_forecast(one)]
         )
         more = len(found.plainer) - SHOWN
         lines.append(f"  What comes before it does not fit: {named}{f'; {more} more' if more > 0 else ''}.")
     return lines
 
 
-def _as_changes_of_forecast(one: Forecast) -> Chosen:
-    parallel = {name: getattr(one.plan.sizes, name) for name in SIZES}
-    parallel |= {"zero": one.plan.sharding.zero, "cpu_offload": one.plan.sharding.offload}
-    return Chosen(parallel, {"activation_checkpointing": one.plan.checkpointing})
-
-
-def _nothing_fits(cluster: Cluster, found: Found) -> str:
+def _nothing_fits(key: str, config: Config, cluster: Cluster, found: Found) -> str:
     there = f"{cluster.count} x {readable_bytes(cluster.device.memory)}"
     if found.smallest is None:
         reasons = "".join(f"\n  {what}: {why}" for what, why in found.refused.items())
-        return f"parallel.auto: no plan over {cluster.count} processes is possible with what is given:{reasons}"
-    changes = _as_changes_of_forecast(found.smallest)
+        return f"{key}: no plan over {cluster.count} processes is possible with what is given:{reasons}"
+    needed = f"{readable_bytes(found.smallest.memory.total)} on a device"
+    if found.smallest.memory.host > cluster.host_memory:
+        needed += (
+            f" and {readable_bytes(found.smallest.memory.host)} of its machine's memory, which has "
+            f"{readable_bytes(cluster.host_memory)} free"
+        )
     return (
-        f"parallel.auto: no plan fits {there}. The smallest, {_in_words(changes.parallel, changes.training)}, would "
-        f"need {readable_bytes(found.smallest.memory.total)} on a device. Take more or larger devices, an [adapter], "
-        "smaller data.buckets, or leave sizes of [parallel] and training.micro_batch_size out for the search to choose."
+        f"{key}: no plan fits {there}. The smallest, {_in_words(_as_changes(config, found.smallest))}, would need "
+        f"{needed}. Take more or larger devices, an [adapter], a network stored in fewer bits (model.network.dtype), "
+        "smaller data.buckets, or leave sizes of [parallel], training.activation_checkpointing and "
+        "training.micro_batch_size out for the search to choose."
     )
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
 
 
-def _cluster(config: Config, world: World) -> Cluster:
+def cluster_of(config: Config, world: World) -> Cluster:
     """The run's processes and the memory of their devices, the smallest of them."""
     from kinema.parallel.devices import Cluster, memory_of
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = _device(world, local)
-    if config.parallel.device_memory is not None:
-        device = replace(device, memory=memory_of(config.parallel.device_memory))
+    if config.memory.budget is not None:
+        device = replace(device, memory=memory_of(config.memory.budget))
     smallest = min(world.gather_objects(device.memory))
     on_gpu = world.device.type == "cuda"
     lent = min(world.gather_objects(_free_memory() / local)) if on_gpu else float("inf")
@@ -240,12 +272,13 @@ def _plan_of_run(config: Config) -> Chosen | None:
     if parallel["dp_replicate"] == "auto":
         return None
     names = ("activation_checkpointing", "micro_batch_size")
-    return Chosen(parallel, {name: getattr(recorded.training, name) for name in names})
+    memory = {name: getattr(recorded.memory, name) for name in ("offload_activations", "offload_blocks")}
+    return Chosen(parallel, {name: getattr(recorded.training, name) for name in names}, memory)
 
 
 def _agrees(config: Config, before: Chosen) -> bool:
     """Whether a recorded plan is what the configuration gives, as far as it gives anything."""
-    pairs = [(config.parallel, before.parallel), (config.training, before.training)]
+    pairs = [(config.parallel, before.parallel), (config.training, before.training), (config.memory, before.memory)]
     return all(
         name not in section.model_fields_set or getattr(section, name) in (value, "auto")
         for section, values in pairs

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kinema.config.schema import Config
+from kinema.config.section import QUANTIZED
 from kinema.data.batch import Batch
 from kinema.data.buckets import Bucket
 from kinema.dtypes import torch_dtype
@@ -23,6 +24,7 @@ from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.pipeline_plans import pipeline_units
 from kinema.families.sample_shapes import sample_tensors
+from kinema.families.stored import quantized_bytes
 from kinema.families.tensor_plans import tensor_plan
 from kinema.memory.dry_arithmetic import DryArithmetic
 from kinema.memory.dry_run import DryRun
@@ -63,6 +65,8 @@ class DryNetworks:
         """Of the first network: experts are alike, and one of them takes a step."""
         self._peers: dict[tuple[int, int], tuple[dict[str, nn.Module], Exchanged]] = {}
         self.blocks = 0
+        self.lists: dict[str, int] = {}
+        """Lengths of its lists of blocks."""
         self.units: tuple[str, ...] = ()
         self.unit_of: tuple[int, ...] = ()
         """What a pipeline can be cut between, and the unit of each block."""
@@ -84,35 +88,38 @@ class DryNetworks:
         config, family = self.config, self.family
         network = family.empty(part)
         stored = getattr(config.model, part).dtype
-        in_float8 = stored == "fp8"
-        if stored in (None, "fp8"):
+        if stored is None or stored in QUANTIZED:
             stored = "fp32" if config.adapter is None else self.precision
         _convert(network, torch_dtype(stored))
         network.requires_grad_(config.adapter is None)
+        rounded = quantized_bytes(family, part, network, torch_dtype(stored))
         paths = {id(module): path for path, module in network.named_modules()}
+        lists = {name: len(group) for name, group in family.blocks(network).items()}
         blocks = [block for group in family.blocks(network).values() for block in group]
         numbers = {paths[id(block)]: number for number, block in enumerate(blocks)}
         first = not self.networks
-        weights = _weights(network, numbers, config, plan, in_float8, takes_part=first)
+        weights = _weights(network, numbers, config, plan, rounded, takes_part=first)
         self.buffers += sum(buffer.nbytes for buffer in network.buffers())
         if first:
             self.units = tuple(unit.name for unit in pipeline_units(network, family.blocks(network)))
             self.unit_of = tuple(_unit_of(path, self.units) for path in numbers)
         runs, renamed = shorten(network, family, plan)
         if config.adapter is not None:
-            from kinema.adapters.inject import add_planned
+            from kinema.adapters.inject import add_planned, leave_casts_to_autocast
 
             add_planned(network, config.adapter, renamed, config.run.seed)
+            if torch_dtype(self.precision).itemsize < 4:
+                leave_casts_to_autocast(network, config.adapter)
         self.networks[part] = network.train()
         self.weights += _travelling(weights, network, runs, list(numbers), torch_dtype(self.precision))
         if first:
-            self.runs, self.blocks = runs, len(blocks)
+            self.runs, self.blocks, self.lists = runs, len(blocks), lists
 
     def run(
         self,
         bucket: Bucket,
         samples: int,
-        checkpointing: bool,
+        checkpointing: bool | Literal["selective"],
         text_tokens: int | None = None,
         sp: int = 1,
         tp: int = 1,
@@ -137,7 +144,7 @@ class DryNetworks:
             if checkpointing:
                 groups = [self.family.blocks(network).values() for network in networks.values()]
                 blocks = itertools.chain.from_iterable(itertools.chain.from_iterable(groups))
-                stack.enter_context(arithmetic.checkpointed(blocks))
+                stack.enter_context(arithmetic.checkpointed(blocks, checkpointing == "selective"))
             for network in networks.values():
                 stack.enter_context(recorder.watching(network, [run.path for run in self.runs]))
             stack.enter_context(dry)
@@ -173,9 +180,15 @@ def _convert(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _weights(
-    network: nn.Module, numbers: Mapping[str, int], config: Config, plan: Plan, in_float8: bool, takes_part: bool
+    network: nn.Module,
+    numbers: Mapping[str, int],
+    config: Config,
+    plan: Plan,
+    rounded: Mapping[Any, int],
+    takes_part: bool,
 ) -> dict[str, Weight]:
-    """Every tensor of a network and of its adapter, by name. ``takes_part``: whether it gets gradients in a step."""
+    """Every tensor of a network and of its adapter, by name. ``rounded``: the bytes of those that are stored in fewer
+    bits. ``takes_part``: whether it gets gradients in a step."""
     from kinema.adapters.preflight import planned
     from kinema.adapters.targets import adaptable_modules
 
@@ -191,10 +204,7 @@ def _weights(
     shared = _shared_layers(network)
     weights = {}
     for name, (value, trains) in tensors.items():
-        inside = of[name] != OUTSIDE
-        size = value.nbytes
-        if in_float8 and not trains and inside and value.ndim == 2 and name.endswith(".weight"):
-            size = value.numel() + 4 * value.shape[0]
+        size = rounded.get(value, value.nbytes)
         average = value.numel() * max(4, value.itemsize) if trains and config.training.ema is not None else 0
         weights[name] = Weight(
             block=of[name],
@@ -274,6 +284,8 @@ def _block_of(name: str, numbers: Mapping[str, int]) -> int:
 
 def _optimizer_state(trained: Mapping[str, nn.Parameter], matrices: set[str], config: Config) -> dict[str, int]:
     """Bytes of the state of each tensor: what the optimiser makes at its first step."""
+    from kinema.optim.library import make_state_on_paper
+    from kinema.optim.numbers import tensors_of
     from kinema.optim.optimizers import build_optimizers, is_vector
 
     inside = {name for name in matrices if not is_vector(trained[name])}
@@ -286,9 +298,9 @@ def _optimizer_state(trained: Mapping[str, nn.Parameter], matrices: set[str], co
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group |= {key: False for key in ("fused", "foreach") if key in group}  # kernels that no meta device has
-        optimizer.step()
+        make_state_on_paper(optimizer)
         for parameter, state in optimizer.state.items():
-            found[names[id(parameter)]] = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+            found[names[id(parameter)]] = sum(value.nbytes for value in tensors_of(state).values())
     return found
 
 

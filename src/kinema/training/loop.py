@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kinema.data.batch import Batch
 from kinema.errors import UserError
 from kinema.objectives.base import Denoiser, Draws, Loss, Objective
-from kinema.optim.optimizers import set_lr
+from kinema.optim.optimizers import found_lr, set_lr
 from kinema.optim.schedule import lr_factor
 from kinema.randomness import derive_seed
 from kinema.training.clipping import clip_gradients
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kinema.config.schema import Config
     from kinema.optim.ema import Ema
+    from kinema.optim.release import GradientRelease
     from kinema.optim.scale import LossScale
     from kinema.parallel.mesh import World
     from kinema.parallel.pipeline import Pipeline
@@ -64,6 +65,8 @@ class Trainer:
     total_steps: int = 0
     ema: Ema | None = None
     scale: LossScale | None = None
+    release: GradientRelease | None = None
+    """Updates weights within the backward pass; None: all of them after it."""
     pipeline: Pipeline | None = None
     """Runs the networks where they are cut into stages."""
     accumulating: Callable[[bool], AbstractContextManager[None]] = lambda last: contextlib.nullcontext()
@@ -120,7 +123,10 @@ def train_step(trainer: Trainer, work: Work, asked: int) -> StepResult:
 
     t.at(f"step {step + 1}: forward and backward")
     micro_batches = split(work.batch, work.micro_batch_size, -(-work.examples // world.dp_size))
-    loss_sum, sums = accumulate_gradients(t, micro_batches, Draws(t.config.run.seed, step))
+    if t.release is not None:
+        t.before_update()
+    with contextlib.nullcontext() if t.release is None else t.release.updating():
+        loss_sum, sums = accumulate_gradients(t, micro_batches, Draws(t.config.run.seed, step))
 
     parameters = [p for p in t.parameters.values() if p.grad is not None]
     if t.scale is not None:
@@ -130,21 +136,25 @@ def train_step(trainer: Trainer, work: Work, asked: int) -> StepResult:
     loss_value, save, quit_, *metrics = world.all_reduce_sum(shared).tolist()
 
     t.at(f"step {step + 1}: update")
-    norm = float(grad_norm)
+    norm = float(grad_norm) if t.release is None else t.release.norm
     finite = math.isfinite(norm)  # the norm is over all ranks, so they all take this step or all skip it
     if t.scale is not None:
         t.scale.update(finite)
     t.before_update()
-    if finite:
+    if finite and t.release is None:
+        torch.manual_seed(derive_seed(t.config.run.seed, step, "optimizer"))  # some of libraries draw
         for optimizer in t.optimizers:
             optimizer.step()
-        if t.ema is not None:
-            t.ema.update(step + 1)
+    if t.ema is not None and (finite or t.release is not None):  # released, other weights have changed all the same
+        t.ema.update(step + 1)
     for parameter in t.parameters.values():
         parameter.grad = None
     _count_non_finite(t, finite, step)
     asked = (save > 0) * 1 + (quit_ > 0) * 2
-    return StepResult(loss_value, norm, lr, asked, dict(zip(sums, metrics, strict=True)))
+    named = dict(zip(sums, metrics, strict=True)) | found_lr(t.optimizers)
+    if t.release is not None:
+        named["skipped_updates"] = float(t.release.skipped)
+    return StepResult(loss_value, norm, lr, asked, named)
 
 
 def accumulate_gradients(
@@ -195,10 +205,14 @@ def compute_loss(trainer: Trainer, micro: Batch, draws: Draws) -> Loss:
     t, world = trainer, trainer.world
     # Dropout layers draw from the global generators: seeding them here makes a resumed step repeat itself.
     torch.manual_seed(derive_seed(draws.seed, draws.step, micro.indices[0], "dropout"))
-    # The cache would keep casts of all weights, which sharding is there to avoid.
-    cached, enabled = not world.is_sharded, t.compute_dtype != torch.float32
+    cached, enabled = keeps_casts(t.config, world), t.compute_dtype != torch.float32
     with torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached):
         return t.objective(micro.to(world.device), t.networks, draws)
+
+
+def keeps_casts(config: Config, world: World) -> bool:
+    """Whether autocast keeps the weights that it has cast: not where weights are on the device a few at a time."""
+    return not (world.is_sharded or config.memory.offload_blocks)
 
 
 def split(batch: Batch, micro_batch_size: int | None, share: int) -> list[Batch]:
@@ -218,9 +232,10 @@ def _count_non_finite(trainer: Trainer, finite: bool, step: int) -> None:
     trainer.non_finite = 0 if finite else trainer.non_finite + 1
     # A loss scale that is still large is only on its way down to where gradients fit.
     if trainer.non_finite >= NON_FINITE_LIMIT and (trainer.scale is None or trainer.scale.value < 1):
+        clip = "keep training.clip_norm at 1, " if trainer.release is None else ""
         raise UserError(
             f"The gradient was not finite in {trainer.non_finite} steps in a row, up to step {step + 1}; those updates "
-            "were skipped. Lower optimizer.lr, keep training.clip_norm at 1, or train in bf16 or fp32; then "
+            f"were skipped. Lower optimizer.lr, {clip}or train in bf16 or fp32; then "
             "resume from the newest checkpoint."
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
+from kinema.config.section import QUANTIZED
 from kinema.data.batch import Batch
 from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kinema.adapters.preflight import Plans
     from kinema.adapters.targets import LayerPlan
     from kinema.families.pipeline_plans import Unit
+    from kinema.memory.block_swap import Home
     from kinema.parallel.fsdp import Sharding
     from kinema.parallel.mesh import World
     from kinema.parallel.pipeline import Pipeline
@@ -101,7 +103,7 @@ def check_one_type(config: Config, family: Family) -> None:
 
     for part in family.trained_parts():
         stored = getattr(config.model, part).dtype
-        if config.adapter is not None or stored in (None, "fp8"):
+        if config.adapter is not None or stored is None or stored in QUANTIZED:
             continue
         network = family.load(part, "meta", None)
         exact = kept_in_float32(network, torch_dtype(stored))
@@ -122,6 +124,7 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     the processes of a machine share, until the process takes its part: in this machine's memory each needs as much as
     that and a block. (Random weights are drawn whole.)
     """
+    from kinema.memory.block_swap import host_weights
     from kinema.memory.checkpointing import checkpoint_blocks
     from kinema.memory.compile import compile_blocks
     from kinema.networks.mapped import leaving_weights_mapped
@@ -134,13 +137,16 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
     plans = check_networks(config, family) if config.adapter is not None else {}
     splits = world.sizes.pp > 1 or world.sizes.tp > 1
     shared = world.is_sharded or splits
-    place = "cpu" if shared else world.device
+    travelling = int(config.memory.offload_blocks)
+    waits = shared or travelling > 0
+    place = "cpu" if waits else world.device
     sharding = _sharding(config) if world.is_sharded else None
     for part in family.trained_parts():
         stored = getattr(config.model, part).dtype
-        if stored in (None, "fp8"):  # the latter is the family's to see to
+        if stored is None or stored in QUANTIZED:  # the latter are the family's to see to
             stored = "fp32" if config.adapter is None else config.training.precision
-        with leaving_weights_mapped() if shared else nullcontext():
+        mapped = waits and config.training.float8 == "none"  # torchao's layers take weights that are there
+        with leaving_weights_mapped() if mapped else nullcontext():
             network: nn.Module = family.load(part, place, torch_dtype(stored))
         network.train()
         if config.adapter is None:
@@ -152,15 +158,46 @@ def load_networks(config: Config, family: Family, world: World) -> dict[str, nn.
         stages = _stages(network, config, family) if world.sizes.pp > 1 and part.startswith("network") else None
         split_matrices(network, world)
         split_sequences(network, family.blocks(network), world, config.parallel.attention)
+        if part.startswith("network"):
+            _compute_as_asked(network, config, family)
         if config.training.activation_checkpointing:
-            checkpoint_blocks(family.blocks(network))
-        if config.training.compile:
+            checkpoint_blocks(family.blocks(network), config.training.activation_checkpointing)
+        if config.training.compile is True:
             compile_blocks(family.blocks(network))
         if stages is not None:
             cut(network, *stages, world.place["pp"], world.sizes.pp)
-        shard(network, family.blocks(network), world, sharding)
+        blocks = family.blocks(network)
+        homes = host_weights(network, blocks, travelling) if travelling and part.startswith("network") else []
+        shard(network, blocks, world, sharding, [p for home in homes for p in home.parameters])
+        _offload(blocks, homes, config, world)
         networks[part] = network
     return networks
+
+
+def _offload(blocks: Mapping[str, nn.ModuleList], homes: list[Home], config: Config, world: World) -> None:
+    """Let blocks travel whose weights are at ``homes``, and what all save for the backward pass."""
+    from kinema.memory.activations import SMALLEST, offload_activations
+    from kinema.memory.block_swap import BlockSwap
+    from kinema.memory.copy_engine import engine_of
+
+    if homes:
+        BlockSwap(blocks, homes, engine_of(world.device))
+    if config.memory.offload_activations:
+        offload_activations(blocks, engine_of(world.device), SMALLEST)
+
+
+def _compute_as_asked(network: nn.Module, config: Config, family: Family) -> None:
+    """Other kernels for the products and the attention of a network's blocks, as far as they are asked for."""
+    from kinema.memory.attention import attend_with
+    from kinema.memory.float8_compute import compute_in_float8
+    from kinema.memory.fusion import fuse_projections
+
+    training = config.training
+    if training.fuse_qkv:
+        fuse_projections(network)
+    if training.float8 != "none":
+        compute_in_float8(family.blocks(network), training.float8)
+    attend_with(family.blocks(network), training.attention)
 
 
 def _sharding(config: Config) -> Sharding:
@@ -189,11 +226,13 @@ def pipeline_over(networks: Mapping[str, nn.Module], config: Config, world: Worl
 
 def _adapt(network: nn.Module, config: Config, family: Family, part: str, plan: Mapping[str, LayerPlan]) -> None:
     from kinema.adapters.files import read_adapter
-    from kinema.adapters.inject import add_planned, start_from
+    from kinema.adapters.inject import add_planned, leave_casts_to_autocast, start_from
     from kinema.adapters.targets import adaptable_modules
 
     assert config.adapter is not None
     add_planned(network, config.adapter, plan, config.run.seed)
+    if torch_dtype(config.training.precision).itemsize < 4:
+        leave_casts_to_autocast(network, config.adapter)
     if config.adapter.init_from is not None:
         modules = {
             one: adaptable_modules(network if one == part else family.load(one, "meta", None))

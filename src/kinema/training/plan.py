@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 from kinema.config.schema import Config
+from kinema.config.section import QUANTIZED
 from kinema.data.batch_sizes import batch_sizes, sizes_of_tables, tokens_of
 from kinema.data.buckets import Bucket, bucket_groups
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.registry import open_family
-from kinema.parallel.devices import Cluster
+from kinema.memory.checkpointing import chosen_blocks
+from kinema.parallel.devices import Cluster, memory_of
 from kinema.parallel.mesh import Sizes, sizes_of
-from kinema.parallel.plan import Batch, Candidate, Forecast, Found, Refusal, Workload, search
-from kinema.parallel.plan_model import Model, Pass, Sharding, merged
+from kinema.parallel.plan import (
+    KINDS,
+    Batch,
+    Candidate,
+    Forecast,
+    Found,
+    Kind,
+    Refusal,
+    Workload,
+    as_configured,
+    candidates,
+    kind_of,
+    search,
+)
+from kinema.parallel.plan_model import Model, Offloading, Pass, Sharding, merged
 from kinema.parallel.plan_time import MFU
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kinema.training.dry_step import DryNetworks
 
 
@@ -66,12 +83,25 @@ def prospect(config: Config, family: Family, sizes: Sizes, text_tokens: int | No
     model = Model(
         merged(networks.weights), networks.buffers, networks.blocks, parallel.schedule, parallel.stages_per_rank,
         parallel.partition, tuple(parallel.split), networks.units, networks.unit_of,
-        parallel.attention == "ring",
+        parallel.attention == "ring", *of_updates(config, networks),
     )  # fmt: skip
     bucket = heaviest(config, family, sizes)
     passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
-    workload = Workload(model, passes, batches, splits=config.training.micro_batch_size is None)
-    return Prospect(networks, bucket, precision, workload, _refusals(config, family, workload))
+    splits = config.training.micro_batch_size is None and not config.optimizer.gradient_release
+    workload = Workload(model, passes, batches, splits=splits)
+    refusal = _of_updates_and_blocks(config, model.blocks, _refusals(config, family, workload))
+    return Prospect(networks, bucket, precision, workload, refusal)
+
+
+def of_updates(config: Config, networks: DryNetworks) -> tuple[float | None, float | None]:
+    """The largest gradient where they are let go one by one, and the state that a device has at once where the rest
+    waits in the host's memory; None for what is not so."""
+    from kinema.optim.host_state import at_once
+
+    weights, optimizer = [weight for weight in networks.weights if weight.trains], config.optimizer
+    largest = max((weight.gradient for weight in weights), default=0) if optimizer.gradient_release else None
+    visiting = at_once((weight.bytes, weight.state) for weight in weights) if optimizer.state_on_cpu else None
+    return largest, visiting
 
 
 def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens: int | None = None) -> Report:
@@ -80,6 +110,9 @@ def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens:
     UserError where the model's configuration is nowhere at hand, and for what the meta device cannot run.
     """
     family = planning_family(config)
+    if config.memory.budget is not None:
+        budget = min(memory_of(config.memory.budget), cluster.device.memory)
+        cluster = replace(cluster, device=replace(cluster.device, memory=budget))
     given, problem = None, ""
     sizes = Sizes(dp_replicate=cluster.count)
     try:
@@ -88,11 +121,15 @@ def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens:
         problem = str(error)
     known = prospect(config, family, sizes, text_tokens)
     sharding = Sharding(config.parallel.zero, config.parallel.cpu_offload)
-    plan = Candidate(sizes, config.training.activation_checkpointing, sharding)
+    offloading = offloading_of(config)
+    plan = Candidate(sizes, kind_of(config.training.activation_checkpointing), sharding, offloading)
     if not problem and (reason := known.refusal(plan)):
         problem = reason[1]
     if not problem:
         given = known.workload.forecast(plan, cluster, mfu)
+    plans: Iterable[Candidate] = candidates(cluster, kinds(config), offloading)
+    if config.memory.budget is not None:
+        plans = with_offloading(config, known, cluster, plans)
     return Report(
         config=config,
         title=_title(config, family, known.networks),
@@ -102,10 +139,47 @@ def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens:
         precision=known.precision,
         given=given,
         problem=problem,
-        found=search(known.workload, cluster, known.refusal, mfu),
+        found=search(known.workload, cluster, known.refusal, mfu, among=plans),
         encoders=encoder_bytes(config, family, known.precision),
         notes=_notes(config),
     )
+
+
+def kinds(config: Config) -> tuple[Kind, ...]:
+    """The kinds of activation checkpointing that a search tries: also the one that is given."""
+    return tuple(dict.fromkeys((*KINDS, kind_of(config.training.activation_checkpointing))))
+
+
+def offloading_of(config: Config) -> Offloading:
+    """What ``[memory]`` moves to the host; ``offload_blocks = "auto"`` counts as none until it is settled."""
+    memory = config.memory
+    return Offloading(memory.offload_activations, 0 if memory.offload_blocks == "auto" else memory.offload_blocks)
+
+
+def with_offloading(
+    config: Config, known: Prospect, cluster: Cluster, plans: Iterable[Candidate]
+) -> Iterator[Candidate]:
+    """Each plan with what the configuration lets wait in the host's memory, and, where it says nothing of that, also
+    with the activations there, and with as few blocks there as make it fit."""
+    from kinema.memory.block_swap import SLOTS, blocks_to_offload
+
+    memory, count = config.memory, known.workload.model.blocks
+    any_activations = "offload_activations" not in memory.model_fields_set and cluster.on_gpu
+    any_blocks = memory.offload_blocks == "auto" or "offload_blocks" not in memory.model_fields_set
+    for plan in plans:
+        for activations in (False, True) if any_activations else (plan.offloading.activations,):
+            one = replace(plan, offloading=Offloading(activations, plan.offloading.blocks))
+            yield one
+
+            def travelling(number: int, one: Candidate = one) -> Candidate:
+                return replace(one, offloading=replace(one.offloading, blocks=number))
+
+            if any_blocks and cluster.on_gpu and count > SLOTS and known.refusal(travelling(SLOTS + 1)) is None:
+                number = blocks_to_offload(
+                    lambda n, of=travelling: known.workload.fitting(of(n), cluster, at_best=True).fits(cluster), count
+                )
+                if number != 0:  # with all of them, if not even that fits: it takes least
+                    yield travelling(number or count)
 
 
 def planning_family(config: Config) -> Family:
@@ -148,15 +222,18 @@ def _batches(config: Config, family: Family, bucket: Bucket) -> Callable[[Sizes]
     return lambda sizes: _batch(config, family, bucket, sizes)
 
 
-def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[bool, int, int, int], Pass]:
+def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[Kind, int, int, int], Pass]:
     """Passes of any number of samples: on the line through those of one and of two."""
 
     @cache
-    def run(checkpointing: bool, samples: int, sp: int, tp: int) -> Pass:
-        return networks.run(bucket, samples, checkpointing, text_tokens, sp, tp)
+    def run(checkpointing: Kind, samples: int, sp: int, tp: int) -> Pass:
+        if isinstance(checkpointing, bool) or checkpointing == "selective":
+            return networks.run(bucket, samples, checkpointing, text_tokens, sp, tp)  # type: ignore[arg-type]
+        again = chosen_blocks(networks.lists, as_configured(checkpointing))
+        return run(False, samples, sp, tp).mixed(run(True, samples, sp, tp), again)
 
     @cache
-    def at(checkpointing: bool, samples: int, sp: int, tp: int) -> Pass:
+    def at(checkpointing: Kind, samples: int, sp: int, tp: int) -> Pass:
         one = run(checkpointing, 1, sp, tp)
         return one if samples == 1 else one.at(run(checkpointing, 2, sp, tp), samples)
 
@@ -168,34 +245,18 @@ def _refusals(config: Config, family: Family, workload: Workload) -> Refusal:
     from kinema.parallel.sequence import check_sequence_parallel
     from kinema.parallel.tensor import check_tensor_parallel
     from kinema.training.networks import check_one_type
-    from kinema.training.preflight import check_pipeline
-
-    def message(check: Callable[[], object]) -> str | None:
-        try:
-            check()
-        except UserError as error:
-            return str(error)
-        return None
-
-    def asked(**sizes: int) -> Config:
-        return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
 
     @cache
     def of(name: str, size: int) -> str | None:
         if name == "sp":
-            return message(lambda: check_sequence_parallel(size, "parallel.sp", family, family.trained_parts()))
-        return message(lambda: check_tensor_parallel(asked(tp=size), family))
+            return _message(lambda: check_sequence_parallel(size, "parallel.sp", family, family.trained_parts()))
+        return _message(lambda: check_tensor_parallel(_asked(config, tp=size), family))
 
     @cache
     def of_shards() -> str | None:
-        return _in_float8(config, family) or message(lambda: check_one_type(asked(dp_shard=2), family))
+        return _quantized(config, family) or _message(lambda: check_one_type(_asked(config, dp_shard=2), family))
 
-    @cache
-    def of_pipeline(pp: int, tp: int, dp_shard: int, checkpointing: bool) -> str | None:
-        training = config.training.model_copy(update={"activation_checkpointing": checkpointing})
-        wanted = asked(pp=pp, tp=tp, dp_shard=dp_shard).model_copy(update={"training": training})
-        sizes = Sizes(pp=pp, dp_shard=dp_shard, tp=tp)
-        return message(lambda: check_pipeline(wanted, family, sizes))
+    of_pipeline = _of_pipeline(config, family)
 
     def refusal(plan: Candidate) -> tuple[str, str] | None:
         sizes = plan.sizes
@@ -218,9 +279,61 @@ def _refusals(config: Config, family: Family, workload: Workload) -> Refusal:
     return refusal
 
 
-def _in_float8(config: Config, family: Family) -> str | None:
-    part = next((p for p in family.trained_parts() if getattr(config.model, p).dtype == "fp8"), None)
-    return None if part is None else f'model.{part}.dtype = "fp8": FSDP2 shards blocks whose weights have one type.'
+def _of_pipeline(config: Config, family: Family) -> Callable[[int, int, int, Kind], str | None]:
+    """Why a pipeline of so many stages cannot be, with sizes of tp and of dp_shard and a kind of checkpointing."""
+    from kinema.training.preflight import check_pipeline
+
+    @cache
+    def empty(part: str) -> nn.Module:
+        network: nn.Module = family.load(part, "meta", None)
+        return network
+
+    @cache
+    def refused(pp: int, tp: int, dp_shard: int, checkpointing: Kind) -> str | None:
+        training = config.training.model_copy(update={"activation_checkpointing": as_configured(checkpointing)})
+        wanted = _asked(config, pp=pp, tp=tp, dp_shard=dp_shard).model_copy(update={"training": training})
+        sizes = Sizes(pp=pp, dp_shard=dp_shard, tp=tp)
+        return _message(lambda: check_pipeline(wanted, family, sizes, empty))
+
+    return refused
+
+
+def _message(check: Callable[[], object]) -> str | None:
+    """What a check has to say against it."""
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _asked(config: Config, **sizes: int) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
+def _of_updates_and_blocks(config: Config, blocks: int, refusal: Refusal) -> Refusal:
+    """What cannot be with the optimiser, or with blocks that travel, before what else cannot be."""
+    from kinema.training.memory_checks import check_block_swap
+    from kinema.training.optimizer_checks import why_not_laid_out
+
+    def all_of_them(plan: Candidate) -> tuple[str, str] | None:
+        if reason := why_not_laid_out(config, plan.sizes):
+            return reason.partition(":")[0].partition(" and ")[0], reason
+        try:
+            check_block_swap(config, plan.offloading.blocks, blocks, plan.sizes)
+        except UserError as error:
+            return "plans that memory.offload_blocks is not for", str(error)
+        return refusal(plan)
+
+    return all_of_them
+
+
+def _quantized(config: Config, family: Family) -> str | None:
+    stored = {part: getattr(config.model, part).dtype for part in family.trained_parts()}
+    part = next((part for part, dtype in stored.items() if dtype in QUANTIZED), None)
+    if part is None:
+        return None
+    return f'model.{part}.dtype = "{stored[part]}": FSDP2 shards blocks whose weights have one type.'
 
 
 def _besides(reason: str, plan: Candidate) -> str:
@@ -238,8 +351,9 @@ def encoder_bytes(config: Config, family: Family, precision: str) -> dict[str, f
     found: dict[str, float] = {}
     for encoding in family.encodings():
         parts = [part for part in encoding.parts if part in published]
-        types = {part: family.part_dtype(part, torch_dtype(precision)) for part in parts}
-        found[encoding.name] = sum(published[part] * types[part].itemsize for part in parts)
+        sizes = {part: family.part_dtype(part, torch_dtype(precision)).itemsize for part in parts}
+        stored = {part: QUANTIZED.get(getattr(config.model, part).dtype or "", size) for part, size in sizes.items()}
+        found[encoding.name] = sum(published[part] * stored[part] for part in parts)
     return {name: size for name, size in found.items() if size}
 
 
@@ -254,7 +368,7 @@ def _notes(config: Config) -> tuple[str, ...]:
     notes = []
     if config.training.batch_size == "auto" and config.training.token_budget is None:
         notes.append('batch_size = "auto" is found by trial when a run starts: planned with one sample on each device.')
-    if config.training.compile:
+    if config.training.compile is True:
         notes.append("training.compile: what a compiler fuses takes less memory and time than is forecast here.")
     if config.data.online:
         notes.append(f"data.online: the encoders of {' and '.join(config.data.online)} lie on the devices besides.")

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan import Forecast
+from kinema.parallel.plan import Forecast, Kind, as_configured
 from kinema.parallel.plan_time import OVERLAP
 from kinema.training.plan import Report
 
@@ -65,7 +65,7 @@ def _rows(report: Report, plans: list[Forecast]) -> list[tuple[str, list[str]]]:
     capacity = report.cluster.device.memory
     rows: list[tuple[str, list[str]]] = [
         ("mesh", [mesh_in_words(one.plan.sizes) for one in plans]),
-        ("checkpointing", ["on" if one.plan.checkpointing else "off" for one in plans]),
+        ("checkpointing", [kind_in_words(one.plan.checkpointing) for one in plans]),
         ("shards", [_shards_in_words(one) for one in plans]),
         ("samples at once", [f"{one.batch.micro} x {one.batch.micro_batches}" for one in plans]),
         ("", ["" for _ in plans]),
@@ -78,6 +78,11 @@ def _rows(report: Report, plans: list[Forecast]) -> list[tuple[str, list[str]]]:
     rows.append((f"of {capacity / GB:.0f} GB", ["fits" if one.fits(report.cluster) else "TOO MUCH" for one in plans]))
     if any(one.memory.host for one in plans):
         rows.append(("memory of its machine", [_gb(one.memory.host) if one.memory.host else "-" for one in plans]))
+    offloading = [one.plan.offloading for one in plans]
+    if any(one.blocks for one in offloading):
+        rows.append(("blocks there", [str(one.blocks) for one in offloading]))
+    if any(one.activations for one in offloading):
+        rows.append(("activations there", ["yes" if one.activations else "-" for one in offloading]))
     rows.append(("", ["" for _ in plans]))
     wires = [one.traffic.wire(one.plan.sizes) for one in plans]
     for name in dict.fromkeys(name for wire in wires for name in wire):
@@ -128,6 +133,15 @@ def _shards_in_words(forecast: Forecast) -> str:
     return f"zero {how.zero}" + ", offloaded" * how.offload
 
 
+def kind_in_words(kind: Kind) -> str:
+    """Of activation checkpointing: "on", "off", "selective", "1 of 2", or shares of lists."""
+    if isinstance(kind, tuple):
+        return "\n".join(f"{share:.0%} {name}" for name, share in kind)
+    if isinstance(kind, bool) or kind == 1:
+        return "on" if kind else "off"
+    return kind if isinstance(kind, str) else f"1 of {kind}"
+
+
 def mesh_in_words(sizes: Sizes) -> str:
     """Such as "dp_shard 8, sp 2"; "one device"."""
     named = [f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes) if getattr(sizes, field.name) > 1]
@@ -164,7 +178,12 @@ def flags(report: Report, forecast: Forecast) -> str:
     if sizes.dp_shard > 1:
         wanted["parallel.zero"] = (parallel.zero, forecast.plan.sharding.zero)
         wanted["parallel.cpu_offload"] = (parallel.cpu_offload, forecast.plan.sharding.offload)
-    wanted["training.activation_checkpointing"] = (training.activation_checkpointing, forecast.plan.checkpointing)
+    kind = as_configured(forecast.plan.checkpointing)
+    wanted["training.activation_checkpointing"] = (training.activation_checkpointing, kind)
+    memory, there = report.config.memory, forecast.plan.offloading
+    wanted["memory.offload_activations"] = (memory.offload_activations, there.activations)
+    if memory.offload_blocks != "auto":
+        wanted["memory.offload_blocks"] = (memory.offload_blocks, there.blocks)
     if forecast.batch.micro_batches > 1:
         wanted["training.micro_batch_size"] = (training.micro_batch_size, forecast.batch.micro)
     changed = {key: new for key, (old, new) in wanted.items() if old != new}
@@ -193,7 +212,8 @@ def _as_json(forecast: Forecast, report: Report) -> dict[str, Any]:
     return {
         "parallel": asdict(forecast.plan.sizes),
         "sharding": asdict(forecast.plan.sharding),
-        "activation_checkpointing": forecast.plan.checkpointing,
+        "activation_checkpointing": as_configured(forecast.plan.checkpointing),
+        "offloading": asdict(forecast.plan.offloading),
         "batch": asdict(forecast.batch),
         "memory": asdict(forecast.memory) | {"total": forecast.memory.total},
         "fits": forecast.fits(report.cluster),

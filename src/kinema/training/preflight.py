@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kinema.config.schema import Config
+from kinema.dtypes import torch_dtype
 from kinema.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from kinema.families.base import Family
     from kinema.parallel.mesh import Sizes, World
@@ -56,8 +59,11 @@ def check_shares(config: Config, world: World) -> None:
             )
 
 
-def check_pipeline(config: Config, family: Family, sizes: Sizes) -> None:
-    """ConfigError for pipeline stages that cannot be made of this network, or with the rest of this configuration."""
+def check_pipeline(
+    config: Config, family: Family, sizes: Sizes, empty: Callable[[str], nn.Module] | None = None
+) -> None:
+    """ConfigError for pipeline stages that cannot be made of this network, or with the rest of this configuration.
+    ``empty``: gives a part on the meta device, for who asks more than once."""
     from kinema.families.pipeline_plans import pipeline_units
     from kinema.parallel.pipeline_stages import starts_of
     from kinema.plugins import OBJECTIVES
@@ -76,7 +82,7 @@ def check_pipeline(config: Config, family: Family, sizes: Sizes) -> None:
         )
     for part in family.trained_parts():
         if part.startswith("network"):
-            network = family.load(part, "meta", None)
+            network = family.load(part, "meta", None) if empty is None else empty(part)
             starts_of(network, pipeline_units(network, family.blocks(network)), parallel)
 
 
@@ -92,12 +98,12 @@ def _pipeline_refusals(config: Config, sizes: Sizes) -> list[tuple[bool, str, st
             "a trial sees one micro-batch, and a stage keeps several. Give a number, and training.micro_batch_size.",
         ),
         (
-            zero_bubble and training.activation_checkpointing,
+            zero_bubble and bool(training.activation_checkpointing),
             'schedule = "zero_bubble" and training.activation_checkpointing',
             f"a block's second run is one with its whole backward pass; {again}",
         ),
         (
-            zero_bubble and training.compile,
+            zero_bubble and training.compile is True,
             'schedule = "zero_bubble" and training.compile',
             f"a compiled block's backward pass cannot be taken apart; {again}",
         ),
@@ -107,6 +113,34 @@ def _pipeline_refusals(config: Config, sizes: Sizes) -> list[tuple[bool, str, st
             f"weights that are in pieces have no gradients apart from their inputs'; {again}",
         ),
     ]
+
+
+def check_compute(config: Config, family: Family, world: World) -> None:
+    """ConfigError for kernels and types of computing that cannot be had here, or not with the rest of this
+    configuration. Loads packages of kernels, and no weights."""
+    from kinema.memory.attention import check_attention
+    from kinema.memory.float8_compute import check_float8
+    from kinema.memory.fusion import check_fusion
+
+    training, parallel = config.training, config.parallel
+    attention, dtype = training.attention, torch_dtype(training.precision)
+    if attention != "sdpa" and parallel.sp > 1 and parallel.attention == "ring":
+        raise ConfigError(
+            f'training.attention = "{attention}": not with parallel.attention = "ring", which merges what torch\'s own '
+            'kernels find in each piece. Set parallel.attention = "ulysses".'
+        )
+    deterministic = config.run.deterministic
+    check_attention(attention, "training.attention", world.device, dtype, trains=True, deterministic=deterministic)
+    check_float8(config, family, world.device)
+    if not training.fuse_qkv:
+        return
+    for refused, what, why in (
+        (config.adapter is not None, "[adapter]", "it changes queries, keys and values each by itself"),
+        (parallel.tp > 1, f"parallel.tp = {parallel.tp}", "no device has a whole layer"),
+    ):
+        if refused:
+            raise ConfigError(f"training.fuse_qkv = true: not with {what}: {why}. Leave fuse_qkv out.")
+    check_fusion(family, "training.fuse_qkv", family.trained_parts())
 
 
 def make_writable(directory: Path) -> None:

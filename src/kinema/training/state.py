@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from kinema.config.schema import Config
 from kinema.families.base import Family
 from kinema.optim.ema import Ema
+from kinema.optim.library import averages_now
+from kinema.optim.numbers import Numbers, numbers_of, restore_numbers, tensors_of
 from kinema.parallel.packing import for_checkpoint
 from kinema.runs.checkpoint_load import contents
 from kinema.runs.pieces import Pieces
@@ -64,7 +66,25 @@ def load_training_state(
     stored = contents(path)
     if optimizers:
         make_optimizer_state(networks, optimizers, set(stored))
-    return checkpointer.load(path, training_state(networks, optimizers, ema))
+    meta = checkpointer.load(path, training_state(networks, optimizers, ema))
+    if optimizers:
+        names = {parameter: name for name, parameter in named_trainables(networks).items()}
+        restore_numbers(optimizers, names, meta.get("optimizer_numbers") or [])
+    return meta
+
+
+def optimizer_numbers(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> Numbers:
+    """What optimisers of libraries keep beside tensors, for ``optimizer_numbers`` of a checkpoint's meta."""
+    return numbers_of(optimizers, {parameter: name for name, parameter in named_trainables(networks).items()})
+
+
+def averages_in_use(networks: Mapping[str, nn.Module], optimizers: Sequence[Optimizer]) -> StateDict:
+    """``{"ema": ...}`` as `training_state` has it, copied from a schedule-free optimiser's averages; {} without one.
+    Nothing is resumed from it: whoever starts from the checkpoint takes it for the averaged weights."""
+    averages = averages_now(optimizers)
+    names = {parameter: name for name, parameter in named_trainables(networks).items()}
+    tensors = {names[parameter]: average for parameter, average in averages.items()}
+    return {"ema": for_checkpoint(networks, tensors)} if tensors else {}
 
 
 def _network_tensors(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -82,11 +102,7 @@ def _optimizer_tensors(networks: Mapping[str, nn.Module], optimizers: Sequence[O
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                if not isinstance(value, Tensor):
-                    raise TypeError(
-                        f"{type(optimizer).__name__} keeps '{key}' as {type(value).__name__}: checkpoints hold tensors"
-                    )
+            for key, value in tensors_of(state).items():
                 tensors[f"{names[parameter]}.{key}"] = value
     return tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.registry import open_family
 from kinema.plugins import OBJECTIVES
+from kinema.training.memory_checks import check_memory, settle_offload
 from kinema.training.networks import (
     FamilyDenoiser,
     block_matrices,
@@ -23,7 +24,14 @@ from kinema.training.networks import (
     pipeline_over,
     take_weights,
 )
-from kinema.training.preflight import check_pipeline, check_shares, make_writable, resolve
+from kinema.training.optimizer_checks import check_optimizer
+from kinema.training.preflight import (
+    check_compute,
+    check_pipeline,
+    check_shares,
+    make_writable,
+    resolve,
+)
 from kinema.training.progress import Progress, due
 from kinema.training.resume import (
     ResumeOptions,
@@ -58,10 +66,12 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
     said: tuple[str, ...] = ()
     try:
         config = resolve(config, world.device)
-        if config.parallel.auto:
+        if config.parallel.auto or config.memory.budget is not None:
             from kinema.training.auto_plan import lay_out_by_itself
 
             config, world, said = lay_out_by_itself(config, world, options.resume)
+        config, more = settle_offload(config, family, world, options.resume)
+        said += more
         with Watch(world, config.parallel.hang_seconds) as watch:
             run = Run(config, options, family, world, watch)
             for line in said:
@@ -94,8 +104,11 @@ class Run:
         self.previewer = Previewer(self.config, self.family, self.world)  # refuses what cannot be previewed
         check_monitoring(self.config.monitoring)
         check_shares(self.config, self.world)
-        check_networks(self.config, self.family)
+        plans = check_networks(self.config, self.family)
+        check_optimizer(self.config, self.family, self.world.sizes, plans)
         check_pipeline(self.config, self.family, self.world.sizes)
+        check_memory(self.config, self.family, self.world.sizes, self.world.device)
+        check_compute(self.config, self.family, self.world)
         checkpoint, weights = self._as_main_sees(self._choose_start)
         meta = self._compare_with(checkpoint)
         make_writable(self.directory)
@@ -179,11 +192,16 @@ class Run:
 
     def _compare_with(self, checkpoint: Path | None) -> dict[str, Any] | None:
         """The checkpoint's meta, after refusing what a resumed run may not change."""
+        from kinema.memory.compile import settled
         from kinema.runs.checkpoint_load import read_meta
 
-        if checkpoint is None:
+        meta = None if checkpoint is None else read_meta(checkpoint)
+        earlier = None if meta is None else meta["config"]["training"]["compile"] is True
+        compiles = settled(self.config, self.world.device, earlier)
+        training = self.config.training.model_copy(update={"compile": compiles})
+        self.config = self.config.model_copy(update={"training": training})
+        if meta is None:
             return None
-        meta = read_meta(checkpoint)
         changes = compare(meta["config"], self.config.model_dump(mode="json"), self.options)
         self.branches = self.options.resume_from is not None or bool(changes)
         self.say(f"Resuming from {checkpoint}")
@@ -223,7 +241,9 @@ class Run:
     def _build(self, checkpoint: Path | None, weights: Path | None, meta: dict[str, Any] | None) -> None:
         """Load, adapt, lay out and restore everything that a step touches."""
         from kinema.optim.ema import Ema
+        from kinema.optim.host_state import on_host
         from kinema.optim.optimizers import build_optimizers
+        from kinema.optim.release import GradientRelease
         from kinema.optim.scale import LossScale
         from kinema.parallel.data import accumulate
         from kinema.runs.trained import named_trainables
@@ -240,7 +260,12 @@ class Run:
             self.say(take_weights(self.checkpointer, weights, self.networks))
         parameters = named_trainables(self.networks)
         matrices = block_matrices(self.networks, self.family)
-        optimizers = build_optimizers(parameters, matrices, config.optimizer)
+        optimizers = build_optimizers(parameters, matrices, config.optimizer, config.run.seed)
+        if config.optimizer.state_on_cpu:
+            optimizers = on_host(optimizers, self.world.device)
+        release = None
+        if config.optimizer.gradient_release:
+            release = GradientRelease(optimizers, hooks=self.world.sizes.dp * self.world.sizes.sp == 1)
         self.ema = None if training.ema is None else Ema(parameters.items(), training.ema.decay)
         scale = LossScale() if training.precision == "fp16" else None
 
@@ -256,7 +281,7 @@ class Run:
         def accumulating(last: bool) -> Iterator[None]:
             with ExitStack() as stack:
                 for network in self.networks.values():
-                    stack.enter_context(accumulate(network, last))
+                    stack.enter_context(accumulate(network, last, None if release is None else release.update))
                 yield
 
         self.trainer: Trainer = Trainer(
@@ -270,6 +295,7 @@ class Run:
             progress=self._reset(progress),
             ema=self.ema,
             scale=scale,
+            release=release,
             pipeline=pipeline_over(self.networks, config, self.world),
             accumulating=accumulating,
             at=self.watch.at,
@@ -357,7 +383,7 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        from kinema.training.state import training_state, what_trains
+        from kinema.training.state import averages_in_use, optimizer_numbers, training_state, what_trains
 
         scale = self.trainer.scale
         meta = {
@@ -366,24 +392,29 @@ class Run:
             "dataset": self.data.training.fingerprint,
             "batch_sizes": self.data.kept(),
             "loss_scale": None if scale is None else scale.state_dict(),
+            "optimizer_numbers": optimizer_numbers(self.networks, self.trainer.optimizers),
             "trained": what_trains(self.config, self.family, self.networks),
         }
         tensors = training_state(self.networks, self.trainer.optimizers, self.ema)
+        tensors |= averages_in_use(self.networks, self.trainer.optimizers)
         self.checkpointer.save(self.trainer.progress.step, tensors, meta)
         self.requests.saved()
 
     def _averaged(self) -> Any:
-        """Inside, the networks hold the moving average if there is one."""
-        return nullcontext() if self.ema is None else self.ema.swapped()
+        """Inside, the networks hold the average if there is one, of ours or of a schedule-free optimiser."""
+        from kinema.optim.library import averaged_weights
+
+        return averaged_weights(self.trainer.optimizers) if self.ema is None else self.ema.swapped()
 
     def _evaluate(self) -> dict[str, float]:
         import torch
 
         from kinema.training.evaluation import evaluate
+        from kinema.training.loop import keeps_casts
 
         t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
         losses: dict[str, float] = {}
-        cached, enabled = not world.is_sharded, t.compute_dtype != torch.float32
+        cached, enabled = keeps_casts(self.config, world), t.compute_dtype != torch.float32
         autocast = torch.autocast(world.device.type, t.compute_dtype, enabled=enabled, cache_enabled=cached)
         with self._averaged(), evaluating(self.networks.values()), autocast:
             for name, data in self.data.held_out.items():

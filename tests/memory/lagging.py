@@ -1,0 +1,71 @@
+"""A copy engine without a device: copies are late, and whoever uses what has not arrived gets NaN."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Late:
+    """A copy that has begun."""
+
+    def __init__(self, source: Tensor, target: Tensor) -> None:
+        self.source, self.target = source, target
+        self.then = source.clone()
+        self.done = False
+
+
+class LaggingCopies:
+    """Copies happen when they are waited for. Until then the target is NaN, and the source must stay as it is.
+
+    ``live`` and ``peak`` count the bytes of "the device" that the engine gave out; ``log``: what was asked of it.
+    """
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.live = self.peak = 0
+        self.log: list[str] = []
+        self.hosts: list[weakref.ref[Tensor]] = []
+        self.pending: list[Late] = []
+
+    def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
+        return _nothing(torch.empty(shape, dtype=dtype))
+
+    def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = _nothing(torch.empty(shape, dtype=dtype))
+        size = tensor.nbytes
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(tensor.untyped_storage(), self._freed, size)
+        return tensor
+
+    def copy(self, source: Tensor, target: Tensor) -> Any:
+        assert source.shape == target.shape and source.dtype == target.dtype
+        for one in self.pending:
+            assert source.untyped_storage()._cdata != one.target.untyped_storage()._cdata, "copied before it arrived"
+        late = Late(source, target)
+        _nothing(target)
+        self.pending.append(late)
+        return late
+
+    def wait(self, ticket: Any) -> None:
+        if ticket.done:
+            return
+        assert torch.equal(ticket.source, ticket.then), "the source has changed while it was copied"
+        ticket.target.copy_(ticket.then)
+        ticket.done = True
+        self.pending.remove(ticket)
+
+    wait_here = wait
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def _nothing(tensor: Tensor) -> Tensor:
+    """Every bit set: NaN in all floating point types."""
+    tensor.view(torch.uint8).fill_(255)
+    return tensor
