@@ -16,10 +16,10 @@ from kinema.errors import ConfigError, UserError
 from kinema.families.registry import family_class
 from kinema.parallel.devices import PROCESSOR, Cluster, memory_of
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan import Candidate, Forecast
+from kinema.parallel.plan import Candidate, Forecast, search
 from kinema.parallel.plan_model import Offloading
 from kinema.training.auto_plan import _choose, allowed
-from kinema.training.plan import planning_family, prospect
+from kinema.training.plan import planning_family, prospect, with_offloading
 
 pytestmark = [pytest.mark.timeout(400)]
 AUTO = "\n[parallel]\nauto = true\n"
@@ -131,10 +131,10 @@ def test_a_budget_takes_what_is_fastest_of_what_fits(deep: Path) -> None:
     }
 
     def choose(memory: float, config: Config = config) -> Forecast:
-        chosen = _choose(config, replace(gpu, device=replace(gpu.device, memory=memory)), resumes=False)
-        there = Offloading(chosen.memory["offload_activations"], chosen.memory["offload_blocks"])
-        assert chosen.apply(config).memory.budget is None and chosen.said[0].startswith("memory.budget: one device")
-        return takes[chosen.training["activation_checkpointing"], there]
+        there = replace(gpu, device=replace(gpu.device, memory=memory))
+        plans = with_offloading(config, known, there, allowed(config, there))
+        best = search(known.workload, there, known.refusal, count=1, among=plans).best[0].plan
+        return takes[best.checkpointing, best.offloading]
 
     plain = takes[False, Offloading()]
     assert choose(plain.memory.total) is plain
@@ -145,8 +145,12 @@ def test_a_budget_takes_what_is_fastest_of_what_fits(deep: Path) -> None:
         fitting = [one for one in takes.values() if one.memory.total <= memory]
         assert chosen.memory.total <= memory
         assert chosen.time.total <= 1.03 * min(one.time.total for one in fitting)  # of about equals the plainest
-    with pytest.raises(UserError, match=r"memory\.budget: no plan fits 1 x .*The smallest, .*offload_blocks = 5"):
-        choose(needs[0] - 1)
-
     fixed = budgeted(deep, {"budget": "80GB", "offload_activations": False}, activation_checkpointing=False)
     assert choose(takes[False, Offloading(False, 4)].memory.total, fixed).plan.offloading == Offloading(False, 4)
+
+    least = replace(gpu, device=replace(gpu.device, memory=needs[0]))
+    said = _choose(config, least, resumes=False)
+    assert said.said[0].startswith("memory.budget: one device, ") and said.memory["offload_blocks"] == 5
+    assert said.apply(config).memory.budget is None and said.apply(config).memory.offload_blocks == 5
+    with pytest.raises(UserError, match=r"memory\.budget: no plan fits 1 x .*The smallest, .*offload_blocks = 5"):
+        _choose(config, replace(least, device=replace(gpu.device, memory=needs[0] - 1)), resumes=False)

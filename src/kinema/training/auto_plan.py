@@ -147,7 +147,7 @@ def _as_changes(config: Config, best: Forecast) -> Chosen:
     training: dict[str, Any] = {"activation_checkpointing": as_configured(plan.checkpointing)}
     if batch.micro_batches > 1 and config.training.micro_batch_size is None:
         training["micro_batch_size"] = batch.micro
-    memory = {"offload_activations": plan.offloading.activations}
+    memory: dict[str, Any] = {"offload_activations": plan.offloading.activations}
     if config.memory.offload_blocks != "auto" or config.memory.budget is not None:
         memory |= {"offload_blocks": plan.offloading.blocks}
     return Chosen(parallel, training, memory)

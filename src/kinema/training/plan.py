@@ -174,10 +174,11 @@ def with_offloading(
             def travelling(number: int, one: Candidate = one) -> Candidate:
                 return replace(one, offloading=replace(one.offloading, blocks=number))
 
+            def fits(number: int, of: Callable[[int], Candidate] = travelling) -> bool:
+                return known.workload.fitting(of(number), cluster, at_best=True).fits(cluster)
+
             if any_blocks and cluster.on_gpu and count > SLOTS and known.refusal(travelling(SLOTS + 1)) is None:
-                number = blocks_to_offload(
-                    lambda n, of=travelling: known.workload.fitting(of(n), cluster, at_best=True).fits(cluster), count
-                )
+                number = blocks_to_offload(fits, count)
                 if number != 0:  # with all of them, if not even that fits: it takes least
                     yield travelling(number or count)
 
