@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lagging import LaggingCopies
 from test_checkpointing import network, run, run_no_grad
+from torch import Tensor
 
 from kinema.config.memory import Checkpointing
 from kinema.memory.activations import offload_activations
@@ -31,6 +34,29 @@ def test_the_same_to_the_bit_with_two_blocks_on_the_device(kind: Checkpointing) 
         offloaded.zero_grad()
     # Three of four blocks are copied out, in each of two steps; two of the three are on the device at once.
     assert 0 < engine.peak <= (0.7 if kind != 2 else 1.0) * offload.moved_bytes / 2
+
+
+class AtOnce(LaggingCopies):
+    """Copies at once, and keeps no source, as a GPU's engine does once it is done."""
+
+    def copy(self, source: Tensor, target: Tensor) -> Any:
+        target.copy_(source)
+
+    def wait(self, ticket: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [False, 2], ids=str)
+def test_an_address_that_is_given_again_is_another_storage(kind: Checkpointing) -> None:
+    plain, offloaded = network(), network()
+    if kind:
+        checkpoint_blocks({"blocks": offloaded.blocks}, kind)
+    offload_activations({"blocks": offloaded.blocks}, AtOnce(), SMALLEST)
+    output, gradients = run(plain)
+    same_output, same_gradients = run(offloaded)
+    assert torch.equal(output, same_output)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same_gradients[name]), name
 
 
 def test_inputs_of_checkpointed_blocks_alone_are_moved() -> None:

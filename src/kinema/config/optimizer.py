@@ -150,6 +150,12 @@ class OptimizerConfig(Section):
             raise refuse("lr", f"automagic starts at {self.lr_or_own}, outside of {self.min_lr} to {self.max_lr}")
         if self.type == "automagic" and self.max_lr - self.min_lr > 32000 * self.lr_bump:
             raise refuse("lr_bump", f"{self.lr_bump} is less than 1/32000 of the way from min_lr to max_lr")
+        if self.type == "generic" and self.variant is not None and self.second_moment == "subset_norm":
+            raise refuse(
+                "second_moment",
+                f'"subset_norm" with variant = "{self.variant}": matrices are orthogonalised and divide by none, '
+                'vectors have "full". Give "full" or "none", or leave variant out',
+            )
         object.__setattr__(self, "lr", self.lr_or_own)
         return self
 

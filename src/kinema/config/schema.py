@@ -125,7 +125,7 @@ class TrainingConfig(Section):
     the blocks of each list, the first ones (`{ transformer_blocks = 0.4, single_transformer_blocks = 1.0 }`)."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the repeated blocks (torch.compile, one compilation for all blocks of a kind). `auto`: on GPUs with
-    Triton and a C compiler, for runs of 500 steps or more, which win back the minutes that it takes."""
+    Triton and a C compiler, for runs of 500 steps or more or by `epochs`, which win back the minutes that it takes."""
     float8: Literal["none", "tensorwise", "rowwise"] = "none"
     """Compute the products of the blocks' linear layers in float8, forward and backward, where a whole network trains:
     with a scale for each matrix (`tensorwise`, the fastest) or for each row (`rowwise`, the more exact). Needs torchao

@@ -38,9 +38,9 @@ class ActivationOffload:
         self.moved_bytes = 0
         """Copied out since this was made."""
         self._newest: weakref.ref[Group] | None = None
-        self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
-        """Of storages that are alive, by their address, the number of the group that saved them first."""
-        self._groups = 0
+        self._seen: dict[int, Seen] = {}
+        """Of storages that are alive, by their address."""
+        self._groups = self._storages = 0
 
     def __call__(self, number: int, call: Callable[[], Any], inputs: Any) -> Any:
         if not torch.is_grad_enabled() or number == len(self.blocks) - 1:
@@ -64,16 +64,33 @@ class ActivationOffload:
         key = storage._cdata
         if storage.nbytes() < self.smallest or key in weights:
             return tensor
-        first = self._seen.get(key)
-        if first is None:
-            self._seen[key] = (weakref.ref(storage, lambda _: self._seen.pop(key, None)), group.number)
-        elif first[1] != group.number:
+        seen = self._seen.get(key)
+        if seen is None:
+            self._storages += 1
+            alive = weakref.ref(storage, lambda _: self._seen.pop(key, None))
+            seen = self._seen[key] = Seen(alive, group.number, self._storages)
+        elif seen.group != group.number:
             return tensor  # all blocks have it: there is nothing to gain until the first is done
-        moved = group.moved(storage, tensor._version)
+        content = seen.serial, tensor._version
+        moved = group.moved(content)
         if moved is None:
-            moved = group.move(storage, tensor._version)
+            moved = group.move(storage, content)
             self.moved_bytes += storage.nbytes()
         return Packed(group, moved, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+Content = tuple[int, int]
+"""What a storage held: its serial number and its version."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A storage that blocks have saved: the group that did so first, and its number among all storages that ever were,
+    for what is freed gives its address to another."""
+
+    alive: weakref.ref[Any]
+    group: int
+    serial: int
 
 
 @dataclass(eq=False)
@@ -91,17 +108,17 @@ class Group:
 
     def __init__(self, engine: CopyEngine, number: int, before: weakref.ref[Group] | None) -> None:
         self.engine, self.number, self.before = engine, number, before
-        self._moved: dict[tuple[int, int], weakref.ref[Moved]] = {}  # what autograd lets go of is to be freed
+        self._moved: dict[Content, weakref.ref[Moved]] = {}  # what autograd lets go of is to be freed
 
-    def moved(self, storage: torch.UntypedStorage, version: int) -> Moved | None:
-        known = self._moved.get((storage._cdata, version))
+    def moved(self, content: Content) -> Moved | None:
+        known = self._moved.get(content)
         return None if known is None else known()
 
-    def move(self, storage: torch.UntypedStorage, version: int) -> Moved:
+    def move(self, storage: torch.UntypedStorage, content: Content) -> Moved:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         host = self.engine.host(tuple(source.shape), torch.uint8)
         moved = Moved(host, self.engine.copy(source, host))
-        self._moved[storage._cdata, version] = weakref.ref(moved)
+        self._moved[content] = weakref.ref(moved)
         return moved
 
     def bring(self) -> None:

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kinema.errors import UserError
+from kinema.sizes import readable_bytes
+
 Ticket = Any
 """One copy, to be waited for."""
 
@@ -58,7 +61,13 @@ class CudaCopies:
         memory = torch.empty(shape, dtype=dtype)
         if memory.nbytes:
             runtime = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+            failed = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            if failed:
+                raise UserError(
+                    f"the host would not pin {readable_bytes(memory.nbytes)} of its memory for a block that travels "
+                    f"(CUDA's error {failed}). Raise the limit of locked memory (ulimit -l, or --ulimit memlock=-1 of "
+                    "a container), or lower memory.offload_blocks."
+                )
             weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
@@ -67,14 +76,12 @@ class CudaCopies:
 
     def copy(self, source: Tensor, target: Tensor) -> Ticket:
         stream = self._outward if source.is_cuda else self._inward
-        # The target lies in memory that the computing stream has given, and frees: it is written after what this
-        # stream was asked before, and used after `wait`. So the caching allocator needs to know of the source alone,
-        # which may be freed while it is copied.
+        # What of the two is on the device lies in memory that the computing stream has given, and frees: a source may
+        # be freed while it is copied, and so may a target that nobody waits for, as after an error.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            if source.is_cuda:
-                source.record_stream(stream)
+            (source if source.is_cuda else target).record_stream(stream)
             return stream.record_event()
 
     def wait(self, ticket: Ticket) -> None:

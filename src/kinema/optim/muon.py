@@ -155,11 +155,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def alike(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one shape and mesh together, PIECE_BYTES of them at most."""
-    by_shape: dict[tuple[torch.Size, Any], list[Tensor]] = defaultdict(list)
+    """Parameters of one shape, mesh and device together, PIECE_BYTES of them at most."""
+    by_shape: dict[tuple[torch.Size, Any, torch.device], list[Tensor]] = defaultdict(list)
     for p in parameters:
-        by_shape[p.shape, getattr(p, "device_mesh", None)].append(p)
-    for (shape, _), members in by_shape.items():
+        by_shape[p.shape, getattr(p, "device_mesh", None), p.device].append(p)
+    for (shape, *_), members in by_shape.items():
         count = max(1, PIECE_BYTES // (4 * max(1, shape.numel())))
         for start in range(0, len(members), count):
             yield members[start : start + count]

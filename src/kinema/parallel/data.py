@@ -61,7 +61,8 @@ def shard(
     else:
         settle(network)
         replicated = list(network.parameters())
-        move(network, [p for p in replicated if p not in set(elsewhere)], world.device)
+        away = set(elsewhere)
+        move(network, [p for p in replicated if p not in away], world.device)
     trained = [p for p in replicated if p.requires_grad]
     if trained and world.sizes.dp * world.sizes.sp > 1:
         _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from kinema.config.section import QUANTIZED
 from kinema.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ class Kernels:
             )
         if self.fuse:
             networks = [part for part in family.variant.parts if part.startswith("network")]
+            for part in networks:
+                stored = getattr(family.config, part).dtype
+                if stored in QUANTIZED:
+                    raise ConfigError(
+                        f'--fuse-qkv: not with model.{part}.dtype = "{stored}", whose layers are rounded one by one. '
+                        "Leave one of the two out."
+                    )
             check_fusion(family, "--fuse-qkv", networks)
 
     def install(self, family: Family, parts: Parts) -> None:

@@ -94,14 +94,14 @@ def _key(config: Config) -> str:
 def _search(config: Config, cluster: Cluster) -> tuple[Found, float]:
     from kinema.parallel.mesh import sizes_of
     from kinema.parallel.plan import search
-    from kinema.training.plan import planning_family, prospect, with_offloading
+    from kinema.training.plan import planning_family, prospect, searches_offloading, with_offloading
 
     started = time.perf_counter()
     family = planning_family(config)
     sizes = Sizes(dp_replicate=cluster.count) if config.parallel.auto else sizes_of(config.parallel, cluster.count)
     known = prospect(config, family, sizes)
     plans: Iterable[Candidate] = allowed(config, cluster)
-    if config.memory.budget is not None:
+    if searches_offloading(config):
         plans = with_offloading(config, known, cluster, plans)
     found = search(known.workload, cluster, known.refusal, count=1, among=plans)
     return found, time.perf_counter() - started
@@ -147,9 +147,7 @@ def _as_changes(config: Config, best: Forecast) -> Chosen:
     training: dict[str, Any] = {"activation_checkpointing": as_configured(plan.checkpointing)}
     if batch.micro_batches > 1 and config.training.micro_batch_size is None:
         training["micro_batch_size"] = batch.micro
-    memory: dict[str, Any] = {"offload_activations": plan.offloading.activations}
-    if config.memory.offload_blocks != "auto" or config.memory.budget is not None:
-        memory |= {"offload_blocks": plan.offloading.blocks}
+    memory = {"offload_activations": plan.offloading.activations, "offload_blocks": plan.offloading.blocks}
     return Chosen(parallel, training, memory)
 
 
@@ -164,7 +162,7 @@ def _in_words(plan: Chosen) -> str:
     if training.get("micro_batch_size") is not None:
         words.append(f"micro_batch_size = {training['micro_batch_size']}")
     words += ["offload_activations"] * plan.memory["offload_activations"]
-    if plan.memory.get("offload_blocks"):
+    if plan.memory["offload_blocks"]:
         words.append(f"offload_blocks = {plan.memory['offload_blocks']}")
     return ", ".join(words)
 

@@ -12,6 +12,7 @@ from kinema.sizes import readable_bytes
 if TYPE_CHECKING:
     import torch
 
+    from kinema.parallel.devices import Cluster
     from kinema.parallel.mesh import Sizes, World
 
 
@@ -96,10 +97,13 @@ def settle_offload(config: Config, family: Family, world: World, resumes: bool) 
     together. UserError where not even all blocks suffice."""
     if config.memory.offload_blocks != "auto":
         return config, ()
+    from kinema.training.auto_plan import cluster_of
+
     outcome: tuple[int, str, str | None] = (0, "", None)
+    cluster = cluster_of(config, world) if world.device.type == "cuda" else None  # asks every process
     if world.is_main:
         try:
-            outcome = (*_choose(config, family, world, resumes), None)
+            outcome = (*_choose(config, family, world, cluster, resumes), None)
         except UserError as error:
             outcome = (0, "", str(error))
     number, said, problem = world.broadcast_object(outcome)
@@ -109,19 +113,17 @@ def settle_offload(config: Config, family: Family, world: World, resumes: bool) 
     return config.model_copy(update={"memory": memory}), (said,)
 
 
-def _choose(config: Config, family: Family, world: World, resumes: bool) -> tuple[int, str]:
+def _choose(config: Config, family: Family, world: World, cluster: Cluster | None, resumes: bool) -> tuple[int, str]:
     from kinema.memory.block_swap import blocks_to_offload
     from kinema.parallel.plan import Candidate, Forecast, kind_of
     from kinema.parallel.plan_model import Offloading, Sharding
-    from kinema.training.auto_plan import cluster_of
     from kinema.training.plan import planning_family, prospect
 
     key = 'memory.offload_blocks = "auto"'
-    if world.device.type != "cuda":
+    if cluster is None:
         return 0, f"{key}: a {world.device.type.upper()}'s memory is the host's; nothing is moved."
     if resumes and config.adapter is None and (before := _recorded(config)) is not None:
         return before, f"{key}: {before}, as this run has had it: what is updated on the host is rounded as there."
-    cluster = cluster_of(config, world)
     known = prospect(config, planning_family(config), world.sizes)
     parallel, kind = config.parallel, kind_of(config.training.activation_checkpointing)
     sharding = Sharding(parallel.zero, parallel.cpu_offload)

@@ -126,9 +126,10 @@ def make_report(config: Config, cluster: Cluster, mfu: float = MFU, text_tokens:
     if not problem and (reason := known.refusal(plan)):
         problem = reason[1]
     if not problem:
-        given = known.workload.forecast(plan, cluster, mfu)
+        settled = with_fewest_blocks(known, cluster, plan) if config.memory.offload_blocks == "auto" else plan
+        given = known.workload.forecast(settled, cluster, mfu)
     plans: Iterable[Candidate] = candidates(cluster, kinds(config), offloading)
-    if config.memory.budget is not None:
+    if searches_offloading(config):
         plans = with_offloading(config, known, cluster, plans)
     return Report(
         config=config,
@@ -156,31 +157,43 @@ def offloading_of(config: Config) -> Offloading:
     return Offloading(memory.offload_activations, 0 if memory.offload_blocks == "auto" else memory.offload_blocks)
 
 
+def searches_offloading(config: Config) -> bool:
+    """Whether the configuration leaves open what waits in the host's memory."""
+    return config.memory.budget is not None or config.memory.offload_blocks == "auto"
+
+
 def with_offloading(
     config: Config, known: Prospect, cluster: Cluster, plans: Iterable[Candidate]
 ) -> Iterator[Candidate]:
-    """Each plan with what the configuration lets wait in the host's memory, and, where it says nothing of that, also
-    with the activations there, and with as few blocks there as make it fit."""
-    from kinema.memory.block_swap import SLOTS, blocks_to_offload
-
-    memory, count = config.memory, known.workload.model.blocks
-    any_activations = "offload_activations" not in memory.model_fields_set and cluster.on_gpu
+    """Each plan with what the configuration lets wait in the host's memory, and with what it leaves open there: the
+    activations too, if it has a budget and says nothing of them, and as few blocks as make it fit."""
+    memory = config.memory
+    any_activations = memory.budget is not None and "offload_activations" not in memory.model_fields_set
     any_blocks = memory.offload_blocks == "auto" or "offload_blocks" not in memory.model_fields_set
     for plan in plans:
-        for activations in (False, True) if any_activations else (plan.offloading.activations,):
+        for activations in (False, True) if any_activations and cluster.on_gpu else (plan.offloading.activations,):
             one = replace(plan, offloading=Offloading(activations, plan.offloading.blocks))
             yield one
+            if any_blocks and (fewest := with_fewest_blocks(known, cluster, one)) != one:
+                yield fewest
 
-            def travelling(number: int, one: Candidate = one) -> Candidate:
-                return replace(one, offloading=replace(one.offloading, blocks=number))
 
-            def fits(number: int, of: Callable[[int], Candidate] = travelling) -> bool:
-                return known.workload.fitting(of(number), cluster, at_best=True).fits(cluster)
+def with_fewest_blocks(known: Prospect, cluster: Cluster, plan: Candidate) -> Candidate:
+    """A plan with as few blocks in the host's memory as make it fit, with all of them if not even that does: it takes
+    least. The plan itself where none can travel."""
+    from kinema.memory.block_swap import SLOTS, blocks_to_offload
 
-            if any_blocks and cluster.on_gpu and count > SLOTS and known.refusal(travelling(SLOTS + 1)) is None:
-                number = blocks_to_offload(fits, count)
-                if number != 0:  # with all of them, if not even that fits: it takes least
-                    yield travelling(number or count)
+    def travelling(number: int) -> Candidate:
+        return replace(plan, offloading=replace(plan.offloading, blocks=number))
+
+    def fits(number: int) -> bool:
+        return known.workload.fitting(travelling(number), cluster, at_best=True).fits(cluster)
+
+    count = known.workload.model.blocks
+    if not cluster.on_gpu or count <= SLOTS or known.refusal(travelling(SLOTS + 1)) is not None:
+        return plan
+    number = blocks_to_offload(fits, count)
+    return travelling(count if number is None else number)
 
 
 def planning_family(config: Config) -> Family:
@@ -318,7 +331,8 @@ def _of_updates_and_blocks(config: Config, blocks: int, refusal: Refusal) -> Ref
     from kinema.training.optimizer_checks import why_not_laid_out
 
     def all_of_them(plan: Candidate) -> tuple[str, str] | None:
-        if reason := why_not_laid_out(config, plan.sizes):
+        asked = _asked(config, cpu_offload=True) if plan.sharding.offload else config
+        if reason := why_not_laid_out(asked, plan.sizes):
             return reason.partition(":")[0].partition(" and ")[0], reason
         try:
             check_block_swap(config, plan.offloading.blocks, blocks, plan.sizes)

@@ -101,16 +101,18 @@ class Previewer:
         """The network, and it alone, computes in the precision that it trains with."""
         import torch
 
+        from kinema.training.loop import keeps_casts
+
         if self._dtype == torch.float32:
             with nullcontext():
                 yield
             return
         own = network.__dict__.get("forward")
         forward = network.forward
-        device = self.world.device.type
+        device, cached = self.world.device.type, keeps_casts(self.config, self.world)
 
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(device, self._dtype):
+            with torch.autocast(device, self._dtype, cache_enabled=cached):
                 return forward(*args, **kwargs)
 
         network.forward = autocast_forward

@@ -105,6 +105,7 @@ RULES: dict[str, Rule] = {
     "training.ema": "refused",
     "training.ema.decay": "announced",
     "training.precision": "announced",
+    "memory.offload_blocks": "announced",
     "training.clip_norm": "announced",
     "training.compile": "announced",
     "training.float8": "announced",

@@ -25,6 +25,11 @@ def why_not_updated(config: Config, sizes: Sizes) -> str | None:
             f'optimizer.{key} = "{getattr(optimizer, key)}": not with parallel.tp = {sizes.tp}: it remembers lines or '
             "directions of whole matrices, and peers hold these in another order. Use parallel.dp_shard."
         )
+    if optimizer.state_on_cpu and config.parallel.cpu_offload and sizes.dp_shard > 1:
+        return (
+            "optimizer.state_on_cpu = true: not with parallel.cpu_offload, which keeps the shards' state in the host's "
+            "memory already. Leave state_on_cpu out."
+        )
     if not optimizer.gradient_release:
         return None
     refusals = _release_refusals(config, sizes)
@@ -86,6 +91,7 @@ def check_steps(config: Config) -> None:
     key = "gradient_release" if optimizer.gradient_release else "state_on_cpu"
     if getattr(optimizer, key) and not steps_apart(optimizer):
         raise ConfigError(
-            f'optimizer.{key} = true: not with type = "{optimizer.type}", which looks at all weights together in a '
-            'step, and this updates them one after the other. Use another type, such as "adamw" or "adamw8bit".'
+            f'optimizer.{key} = true: not with type = "{optimizer.type}", which looks at all weights together, or '
+            "counts its steps for all of them, and this updates them one after the other. Use another type, such as "
+            '"adamw" or "adamw8bit".'
         )
