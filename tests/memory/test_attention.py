@@ -73,6 +73,7 @@ def test_blocks_attend_with_it(family: Family, calls: list[tuple[int, ...]]) -> 
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_attend_with_it(family: Family, calls: list[tuple[int, ...]]) -> None:
     from kinema.memory.compile import compile_blocks
 

@@ -43,6 +43,7 @@ def test_inductor_gives_the_same_and_compiles_a_kind_once(tmp_path: Path) -> Non
     assert 1 <= graphs <= 2, f"{graphs} graphs for three equal blocks and two sizes"  # the second one is dynamic
 
 
+@pytest.mark.slow
 def test_sizes_become_dynamic_once(tmp_path: Path) -> None:
     """Four buckets in turn, each twice: the second one compiles for any size, and later ones do not compile again."""
     directory = Wan.tiny(tmp_path / "tiny", "t2v-1.3b", seed=1)

@@ -35,7 +35,9 @@ def gradients(network: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("recipe", get_args(Recipe))
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(one, marks=[] if one == "tensorwise" else pytest.mark.slow) for one in get_args(Recipe)]
+)
 def test_near_the_plain_one(recipe: Recipe) -> None:
     """With checkpointing and compiled blocks too; weights keep their names and types."""
     pytest.importorskip("torchao")

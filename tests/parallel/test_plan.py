@@ -31,10 +31,8 @@ OF_STAGES = 0.15
 """What stages hand to collectives: not all have what is outside of blocks."""
 QUICK = {("wan-t2v-1.3b", "full"), ("wan-t2v-1.3b", "full, released"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
-    "wan-t2v-1.3b/full, accumulated/replicated",
     "wan-t2v-1.3b/full, accumulated/sharded",
     "wan-t2v-1.3b/full, accumulated/zero 1",
-    "wan-t2v-1.3b/full, bf16/zero 2",
     "wan-t2v-1.3b/lora, checkpointed/sharded",
     "wan-t2v-1.3b/full, staged/pp",
     "flux-dev/full/sp",
