@@ -72,8 +72,11 @@ def run(*arguments: str, cwd: Path, **environment: str) -> tuple[str, float]:
 def test_the_list_for_programs(tmp_path: Path) -> None:
     cache = {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}  # of an installed package it is there
     results = [run("-m", "kinema", "models", "--json", cwd=tmp_path, **cache) for _ in range(2)]
-    while min(seconds for _, seconds in results) >= 0.6 and len(results) < 10:  # the machine may have other work
+    starts = []  # what every command takes: of a machine that is slow, or has other work, longer
+    while min(seconds for _, seconds in results) >= max([0.6, *(5 * one for one in starts)]):
+        assert len(results) < 10, [seconds for _, seconds in results]
         results.append(run("-m", "kinema", "models", "--json", cwd=tmp_path, **cache))
+        starts.append(run("-c", "import typer, pydantic", cwd=tmp_path, **cache)[1])
     rows = json.loads(results[0][0])
     assert {row["name"] for row in rows} >= set(BUILT_IN)
     wan = next(row for row in rows if (row["name"], row["variant"]) == ("wan", "i2v-a14b"))
@@ -84,7 +87,6 @@ def test_the_list_for_programs(tmp_path: Path) -> None:
     assert parts["network_2"]["parameters"] == parts["network"]["parameters"] == wan["parameters"]
     assert parts["tokenizer"]["parameters"] == 0 and parts["network_2"]["folder"] == "transformer_2"
     assert wan["bytes_bf16"] == sum(part["bytes_bf16"] for part in wan["parts"])
-    assert min(seconds for _, seconds in results) < 0.6
 
 
 def test_it_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ python -m kinema.config.reference docs/configuration.md
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +68,37 @@ check values:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a configuration file. Optional values take the word ``"none"``, as in the file."""
-    schema = _without_null(Config.model_json_schema())
+    schema = _without_null(_with_meanings(Config.model_json_schema()))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "title": "kinema configuration",
     }
+
+
+def _with_meanings(schema: dict[str, Any]) -> dict[str, Any]:
+    tables = {section.__name__: section for section in _homes()}
+    for name, table in {**schema["$defs"], Config.__name__: schema}.items():
+        for key, words in meanings(tables[name]).items():
+            table["properties"][key]["description"] = words
+    return schema
+
+
+@cache
+def meanings(section: type[Section]) -> dict[str, str]:
+    """What stands below each key of a table in its source. Read when it is asked for: pydantic would read it at every
+    start of the program."""
+    found: dict[str, str] = {}
+    for kind in reversed(section.__mro__):
+        if not issubclass(kind, Section):
+            continue
+        (definition,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(definition, ast.ClassDef)
+        for key, below in pairwise(definition.body):
+            match key, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = inspect.cleandoc(text)
+    return found
 
 
 def _without_null(node: Any) -> Any:
@@ -103,7 +131,7 @@ def _table(section: type[Section], path: tuple[str, ...], is_list: bool, text: s
     for name, field in section.model_fields.items():
         slot = slot_of(field.annotation, tuple(field.metadata))
         entry = slot.entry(0) if slot.is_list else None
-        words = " ".join((field.description or "").split())
+        words = " ".join(meanings(section).get(name, "").split())
         if slot.is_table:
             absent = " *Absent by default.*" if field.default is None else ""
             needed = " *Needed.*" if field.is_required() else ""

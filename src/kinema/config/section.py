@@ -40,7 +40,7 @@ AnySection = TypeVar("AnySection", bound="Section")
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     def unread(self) -> dict[str, str]:
         """Keys that the other values leave unread, and why. To give one is an error; the resolved configuration leaves

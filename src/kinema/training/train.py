@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config, ParallelConfig
 from kinema.dtypes import torch_dtype
-from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.registry import open_family
 from kinema.plugins import OBJECTIVES
@@ -33,16 +32,8 @@ from kinema.training.preflight import (
     resolve,
 )
 from kinema.training.progress import Progress, due
-from kinema.training.resume import (
-    ResumeOptions,
-    check_data,
-    check_options,
-    compare,
-    resumed_checkpoint,
-    set_aside,
-    set_aside_exports,
-    settled_model,
-)
+from kinema.training.resume import ResumeOptions, check_data, set_aside_exports
+from kinema.training.start import Start, find_start, settle_bases
 
 if TYPE_CHECKING:
     from kinema.parallel.mesh import World
@@ -50,8 +41,6 @@ if TYPE_CHECKING:
     from kinema.training.display import TrainingDisplay
     from kinema.training.loop import StepResult, Trainer, Work
     from kinema.training.run_data import RunData
-
-T = TypeVar("T")
 
 
 def train(config: Config, options: ResumeOptions | None = None) -> Path:
@@ -92,15 +81,13 @@ class Run:
         self.directory = config.run.dir
         self.display: TrainingDisplay = TrainingDisplay(0, 0, world.device, world.is_main)
         self.say = self.display.say
-        self.branches = False
-        """Whether a resumed run may come to other weights than those it exported at later steps."""
 
     def prepare(self) -> None:
         """Everything before the first step: checks, data, networks, what an earlier process left."""
         from kinema.training.metrics import check_monitoring
         from kinema.training.previews import Previewer
 
-        self._settle_bases()
+        self.config, self.family = settle_bases(self.config, self.family, self.options, self.world, self.say)
         self.previewer = Previewer(self.config, self.family, self.world)  # refuses what cannot be previewed
         check_monitoring(self.config.monitoring)
         check_shares(self.config, self.world)
@@ -109,12 +96,11 @@ class Run:
         check_pipeline(self.config, self.family, self.world.sizes)
         check_memory(self.config, self.family, self.world.sizes, self.world.device)
         check_compute(self.config, self.family, self.world)
-        checkpoint, weights = self._as_main_sees(self._choose_start)
-        meta = self._compare_with(checkpoint)
+        self.config, start = find_start(self.config, self.options, self.world, self.say)
         make_writable(self.directory)
-        self._open_data(meta)
-        self._build(checkpoint, weights, meta)
-        self._describe_run()
+        self._open_data(start.meta)
+        self._build(start)
+        self._describe_run(start)
 
     def train(self) -> None:
         """The whole run."""
@@ -142,72 +128,6 @@ class Run:
             self.checkpointer.close()
         finally:
             self.metrics.close()
-
-    # -- before anything expensive ---------------------------------------------------------------------------------
-
-    def _settle_bases(self) -> None:
-        """The very export or checkpoint in the place of each run directory that a part of the model is taken from."""
-        check_options(self.options)
-        model = self._as_main_sees(lambda: settled_model(self.config, self.family, self.options))
-        for part in type(model).model_fields:
-            before, now = (getattr(getattr(one, part), "path", None) for one in (self.config.model, model))
-            if before != now:
-                self.say(f"model.{part}.path: {before} stands for {now}")
-        if model != self.config.model:
-            self.config = self.config.model_copy(update={"model": model})
-            self.family = open_family(model, self.config.run.seed)
-
-    def _as_main_sees(self, choose: Callable[[], T]) -> T:
-        """What the main rank finds in the files, or its UserError, on all ranks."""
-        outcome: tuple[Any, str | None] = (None, None)
-        if self.world.is_main:
-            try:
-                outcome = (choose(), None)
-            except UserError as error:
-                outcome = (None, str(error))
-        found, problem = self.world.broadcast_object(outcome)
-        if problem is not None:
-            raise UserError(problem)
-        return found
-
-    def _choose_start(self) -> tuple[Path | None, Path | None]:
-        """(checkpoint to go on from, checkpoint to take weights from); sets an old run aside if asked to."""
-        from kinema.runs.checkpoint_list import checkpoint_at
-
-        resumed = resumed_checkpoint(self.directory, self.options)
-        weights = None if self.options.weights_from is None else checkpoint_at(self.options.weights_from)
-        if resumed is not None and weights is not None:
-            raise UserError(
-                f"{self.directory} holds a run with checkpoints, which --weights-from would not go on from. "
-                "Give another run.dir, or --no-resume to move the old run into a directory previous-N inside it."
-            )
-        if resumed is not None:
-            return resumed, None
-        aside = set_aside(self.directory)
-        if aside is not None:
-            self.say(f"What {self.directory} held was moved to {aside}")
-            if weights is not None and not weights.exists():  # it was in there
-                weights = aside / weights.resolve().relative_to(self.directory.resolve())
-        return None, weights
-
-    def _compare_with(self, checkpoint: Path | None) -> dict[str, Any] | None:
-        """The checkpoint's meta, after refusing what a resumed run may not change."""
-        from kinema.memory.compile import settled
-        from kinema.runs.checkpoint_load import read_meta
-
-        meta = None if checkpoint is None else read_meta(checkpoint)
-        earlier = None if meta is None else meta["config"]["training"]["compile"] is True
-        compiles = settled(self.config, self.world.device, earlier)
-        training = self.config.training.model_copy(update={"compile": compiles})
-        self.config = self.config.model_copy(update={"training": training})
-        if meta is None:
-            return None
-        changes = compare(meta["config"], self.config.model_dump(mode="json"), self.options)
-        self.branches = self.options.resume_from is not None or bool(changes)
-        self.say(f"Resuming from {checkpoint}")
-        for change in changes:
-            self.say(f"  changed: {change}")
-        return meta
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -238,7 +158,7 @@ class Run:
 
     # -- networks ----------------------------------------------------------------------------------------------------
 
-    def _build(self, checkpoint: Path | None, weights: Path | None, meta: dict[str, Any] | None) -> None:
+    def _build(self, start: Start) -> None:
         """Load, adapt, lay out and restore everything that a step touches."""
         from kinema.optim.ema import Ema
         from kinema.optim.host_state import on_host
@@ -256,8 +176,8 @@ class Run:
         self.checkpointer = Checkpointer(
             self.directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous, self.world
         )
-        if weights is not None:
-            self.say(take_weights(self.checkpointer, weights, self.networks))
+        if start.weights is not None:
+            self.say(take_weights(self.checkpointer, start.weights, self.networks))
         parameters = named_trainables(self.networks)
         matrices = block_matrices(self.networks, self.family)
         optimizers = build_optimizers(parameters, matrices, config.optimizer, config.run.seed)
@@ -270,9 +190,10 @@ class Run:
         scale = LossScale() if training.precision == "fp16" else None
 
         progress = Progress()
-        if checkpoint is not None and meta is not None:
+        if (meta := start.meta) is not None:
+            assert start.checkpoint is not None
             kept_optimizers = [] if self.options.reset_optimizer else optimizers
-            load_training_state(self.checkpointer, checkpoint, self.networks, kept_optimizers, self.ema)
+            load_training_state(self.checkpointer, start.checkpoint, self.networks, kept_optimizers, self.ema)
             progress = Progress(**meta["progress"])
             if scale is not None and meta["loss_scale"] is not None:
                 scale.load_state_dict(meta["loss_scale"])
@@ -323,7 +244,7 @@ class Run:
 
     # -- between steps -----------------------------------------------------------------------------------------------
 
-    def _describe_run(self) -> None:
+    def _describe_run(self, start: Start) -> None:
         """The run directory's description, metrics and preview maker; what will be trained is printed."""
         from kinema.training.metrics import Metrics
         from kinema.training.rundir import environment, write_description
@@ -333,7 +254,7 @@ class Run:
             facts = environment(self.data.training.fingerprint, str(world.device), world.size)
             write_description(self.directory, config, facts)
             self.data.record(self.directory)
-            if self.branches and (aside := set_aside_exports(self.directory, progress.step)):
+            if start.branches and (aside := set_aside_exports(self.directory, progress.step)):
                 self.say(f"Exports of later steps were moved to {aside}: the run takes another way from here")
         self.metrics = Metrics(
             self.directory, config.monitoring, progress.step, config.model_dump(mode="json"), world.is_main
