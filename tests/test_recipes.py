@@ -114,7 +114,8 @@ def row_of(recipe: Path) -> str:
     buckets = config.data.sources[0].buckets
     assert buckets is not None
     side, length = max(buckets.resolutions), max(buckets.frames)
-    size = f"{side} x {side}" + (f", {length} frames" if length > 1 else "")
+    width, height = max(buckets.sizes or [(side, side)])
+    size = f"{width} x {height}" + (f", {length} frames" if length > 1 else "")
     host = f"{own.host:g} GB" if own.host else ""
     link = f"[`{name_of(recipe)}`](../../recipes/{name_of(recipe)}.toml)"
     model = f"{config.model.family} {config.model.variant}"

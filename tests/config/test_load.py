@@ -104,8 +104,8 @@ def test_a_lora_configuration_of_under_fifteen_lines_loads(write: Write) -> None
         ),
         (
             'activation_checkpointing = "true"',
-            'c.toml:12: training.activation_checkpointing: expected true or false or "selective" or a whole number '
-            "greater than 0 or a table of numbers at least 0 and at most 1, got "
+            'c.toml:12: training.activation_checkpointing: expected true or false or one of "selective", "nested" or a '
+            "whole number greater than 0 or a table of numbers at least 0 and at most 1, got "
             '"true"; write it without quotes',
         ),
         (

@@ -496,10 +496,11 @@ def test_h_activation_checkpointing(model: Model, tmp_path: Path) -> None:
     config = config_of(model.case, model.directory, tmp_path)
     plain, checkpointed = (copy.deepcopy(model.network).train().requires_grad_(True) for _ in range(2))
     checkpoint_blocks(model.family.blocks(checkpointed))
-    selective = copy.deepcopy(plain)
+    selective, nested = copy.deepcopy(plain), copy.deepcopy(plain)
     checkpoint_blocks(model.family.blocks(selective), "selective")
+    checkpoint_blocks(model.family.blocks(nested), "nested")
     loss, expected = gradients(model, plain, config)
-    for network in (checkpointed, selective):
+    for network in (checkpointed, selective, nested):
         ours, got = gradients(model, network, config)
         assert torch.equal(loss, ours) and got.keys() == expected.keys()
         for name, value in got.items():
@@ -520,7 +521,7 @@ def test_h_blocks_and_activations_in_the_hosts_memory(model: Model, tmp_path: Pa
         for parameter in network.parameters():
             parameter.requires_grad_(trains == "all" or parameter.ndim == 1)
     blocks, engine = model.family.blocks(moving), LaggingCopies()
-    checkpoint_blocks(blocks, True if trains == "all" else 2)
+    checkpoint_blocks(blocks, "nested" if trains == "all" else 2)
     homes = host_weights(moving, blocks, sum(map(len, blocks.values())))
     BlockSwap(blocks, homes, engine)
     before, places = [home.flat.clone() for home in homes], engine.live

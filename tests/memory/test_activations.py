@@ -17,7 +17,7 @@ from kinema.memory.copy_engine import engine_of
 SMALLEST = 1000
 
 
-@pytest.mark.parametrize("kind", [False, True, "selective", 2], ids=str)
+@pytest.mark.parametrize("kind", [False, True, "selective", "nested", 2], ids=str)
 def test_the_same_to_the_bit_with_two_blocks_on_the_device(kind: Checkpointing) -> None:
     plain, offloaded = network(dropout=0.3), network(dropout=0.3)
     if kind:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinema.config.memory import Checkpointing
 from kinema.errors import ConfigError
-from kinema.memory.checkpointing import check_lists, checkpoint_blocks, chosen_blocks
+from kinema.memory.checkpointing import check_lists, checkpoint_blocks, chosen_blocks, parts_of
 from kinema.memory.dry_run import LiveBytes
 
 
@@ -47,7 +48,7 @@ def run(wan: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dic
     return output, {name: p.grad.clone() for name, p in wan.named_parameters() if p.grad is not None}
 
 
-KINDS = [True, "selective", 2, {"blocks": 0.5}]
+KINDS = [True, "selective", "nested", 2, {"blocks": 0.5}]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -89,8 +90,17 @@ def test_activations_shrink() -> None:
     assert saved_bytes(checkpointed) < 0.3 * saved_bytes(plain)
 
 
-def measured(kind: Checkpointing) -> tuple[int, int]:
-    """(Bytes alive between the passes, matrix products computed in both) of a step."""
+@dataclass
+class Measured:
+    between: int
+    """Bytes alive between the passes."""
+    peak: int
+    products: int
+    """Of matrices, computed in both."""
+
+
+def measured(kind: Checkpointing) -> Measured:
+    """Of a step."""
 
     class Products(TorchDispatchMode):
         count = 0
@@ -108,15 +118,35 @@ def measured(kind: Checkpointing) -> tuple[int, int]:
         output = wan(*inputs, return_dict=False)[0].square().mean()
         between = live.live
         output.backward()
-    return between, products.count
+    return Measured(between, live.peak, products.count)
 
 
 def test_what_each_kind_keeps_and_computes_again() -> None:
-    (none, plain), (all_, most), (some, few), (half, more) = (measured(kind) for kind in (False, True, "selective", 2))
-    assert all_ < 0.15 * none and all_ < some < 0.75 * none and 0.4 * none < half < 0.65 * none
-    assert few == plain  # no product is computed twice
-    again = most - plain
-    assert again > 0 and more - plain == again // 2  # of every second block alone
+    none, all_, some, half, parts = (measured(kind) for kind in (False, True, "selective", 2, "nested"))
+    assert all_.between < 0.15 * none.between and all_.between < some.between < 0.75 * none.between
+    assert 0.4 * none.between < half.between < 0.65 * none.between and parts.between == all_.between
+    assert some.products == none.products  # none is computed twice
+    again = all_.products - none.products
+    assert again > 0 and half.products - none.products == again // 2  # of every second block alone
+    # Once more of the parts of each of four blocks, but for the last of each part, whose result nothing keeps: queries,
+    # keys and values of two attentions, and the first product of the feed-forward part.
+    assert parts.products == all_.products + 4 * (3 + 3 + 1)
+
+
+def test_nested_keeps_what_one_part_does() -> None:
+    none, all_, parts = (measured(kind) for kind in (False, True, "nested"))
+    assert parts.peak < 0.8 * all_.peak and all_.peak < 0.5 * none.peak
+
+
+def test_parts_of_a_block() -> None:
+    """What keeps more than its input; the only module of a block stands for it; lists are what is in them."""
+    block = network().blocks[0]
+    names = {id(module): name for name, module in block.named_modules()}
+    assert [names[id(part)] for part in parts_of(block)] == ["norm1", "attn1", "attn2", "norm2", "ffn", "norm3"]
+    assert parts_of(nn.ModuleList([block])) == parts_of(block)
+    norm = nn.LayerNorm(4)
+    inner = nn.ModuleDict({"a": nn.ModuleList([norm, nn.Linear(4, 4)]), "b": nn.Conv2d(4, 4, 1)})
+    assert parts_of(inner) == [norm]
 
 
 def test_which_blocks() -> None:

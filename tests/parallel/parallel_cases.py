@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kinema.config.memory import Checkpointing
 from kinema.config.optimizer import OptimizerConfig
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
@@ -146,9 +147,9 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in tensors.items()}
 
 
-def prepared(world: World, wan: nn.Module, checkpointing: bool = False) -> nn.Module:
+def prepared(world: World, wan: nn.Module, checkpointing: Checkpointing = False) -> nn.Module:
     if checkpointing:
-        checkpoint_blocks({"blocks": wan.blocks})
+        checkpoint_blocks({"blocks": wan.blocks}, checkpointing)
     shard(wan, {"blocks": wan.blocks}, world)
     return wan
 
@@ -169,7 +170,7 @@ def accumulated(world: World, directory: Path) -> Result:
 
 def lora(world: World, directory: Path) -> Result:
     """A frozen bf16 base and an fp32 adapter under autocast."""
-    wan = prepared(world, network(lora=True, dtype=torch.bfloat16), checkpointing=True)
+    wan = prepared(world, network(lora=True, dtype=torch.bfloat16), checkpointing="nested")
     frozen = whole({name: p for name, p in wan.named_parameters() if not p.requires_grad})
     norms = fit(world, wan, autocast=True)
     after = dict(wan.named_parameters())

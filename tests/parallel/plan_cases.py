@@ -71,7 +71,7 @@ SMALL = (
         {"num_attention_heads": 12, "num_layers": 3, "num_single_layers": 3},
         Bucket(9, 96, 96),
     ),
-    Small("qwen_image", "base", {"num_attention_heads": 10}, Bucket(1, 160, 160)),
+    Small("qwen_image", "base", {"num_attention_heads": 10, "num_layers": 4}, Bucket(1, 160, 160)),
     Small("open_sora", "v2", {"hidden_size": 192, "num_heads": 8, "depth": 3}, Bucket(9, 96, 96)),
     Small("sd3", "sd3.5-medium", {"num_attention_heads": 20, "caption_projection_dim": 160}, Bucket(1, 160, 160)),
 )
@@ -108,6 +108,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "optimizer": {"gradient_release": True},
     },
     "lora": {"adapter": {"rank": 8}},
+    "lora, nested": {"adapter": {"rank": 8}, "training": {"activation_checkpointing": "nested"}},
     "lora, checkpointed": {"adapter": {"rank": 8}, "training": {"activation_checkpointing": True}},
     "full, bf16": {"training": {"precision": "bf16", "batch_size": 4, "micro_batch_size": 1}},
     "lora, bf16": {"adapter": {"rank": 8}, "training": {"precision": "bf16"}},
@@ -270,7 +271,7 @@ def measured(config: Config, bucket: Bucket, world: World) -> tuple[int, Counter
 def expected(config: Config, bucket: Bucket, sizes: Sizes) -> tuple[Memory, Traffic]:
     """The forecast of the same step, for CPUs."""
     training, parallel = config.training, config.parallel
-    networks = DryNetworks(config, open_family(config.model), training.precision)
+    networks = DryNetworks(config, open_family(config.model), training.precision, rules="cpu")
     assert isinstance(training.batch_size, int)
     share = training.batch_size // sizes.dp
     micro = min(training.micro_batch_size or share, share)

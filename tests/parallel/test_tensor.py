@@ -122,7 +122,7 @@ def plan_of(model: str, lora: bool, **settings: Any) -> str:
 
 TRAININGS = {
     "open_sora-full": plan_of("open_sora-v2", False),
-    "open_sora-lora-checkpointed": plan_of("open_sora-v2", True, **{"training.activation_checkpointing": True}),
+    "open_sora-lora-checkpointed": plan_of("open_sora-v2", True, **{"training.activation_checkpointing": "nested"}),
     "wan-full": plan_of("wan-i2v-14b-480p", False),
     "flux-lora": plan_of("flux-dev", True),
 }

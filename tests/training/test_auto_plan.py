@@ -48,7 +48,7 @@ def needs(config: Config, plan: Candidate) -> float:
 
 def test_what_is_given_stays(world: Path) -> None:
     everything = list(allowed(planned(world), cluster(4)))
-    assert {one.checkpointing for one in everything} == {False, True}
+    assert {one.checkpointing for one in everything} == {False, True, "nested"}
     assert {one.sharding.zero for one in everything if one.sizes.dp_shard == 4} == {1, 2, 3}
     given = list(allowed(planned(world, AUTO + "dp_shard = 2\nzero = 2\n"), cluster(4)))
     assert given and all(one.sizes.dp_shard == 2 and one.sharding.zero == 2 for one in given)
@@ -125,7 +125,7 @@ def test_a_budget_takes_what_is_fastest_of_what_fits(deep: Path) -> None:
     config = budgeted(deep, {"budget": "80GB"})
     gpu = replace(cluster(1), on_gpu=True, host_memory=1e12)
     known = prospect(config, planning_family(config), Sizes())
-    ways = [(kind, Offloading(a, n)) for kind in (False, True) for a in (False, True) for n in (0, 3, 4, 5)]
+    ways = [(kind, Offloading(a, n)) for kind in (False, True, "nested") for a in (False, True) for n in (0, 3, 4, 5)]
     takes = {
         (kind, there): known.workload.forecast(Candidate(Sizes(), kind, offloading=there), gpu) for kind, there in ways
     }

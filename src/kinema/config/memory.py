@@ -9,9 +9,14 @@ from pydantic import Field, Strict, model_validator
 from kinema.config.section import Count, Probability, Section, refuse
 
 Checkpointing = (
-    Annotated[bool, Strict()] | Literal["selective"] | Count | Annotated[dict[str, Probability], Field(min_length=1)]
+    Annotated[bool, Strict()]
+    | Literal["selective", "nested"]
+    | Count
+    | Annotated[dict[str, Probability], Field(min_length=1)]
 )
 """Which blocks run again in the backward pass, see ``training.activation_checkpointing``."""
+OfBlock = bool | Literal["selective", "nested"]
+"""What is done with a block, of `Checkpointing`."""
 SLOTS = 2
 """Places on the device that the blocks of ``memory.offload_blocks`` share: one computes while the next arrives."""
 

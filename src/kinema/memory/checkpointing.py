@@ -2,8 +2,10 @@
 
 Which blocks do, and what they keep besides, is the kind, as ``training.activation_checkpointing`` says it: every block;
 every block but for the results of attention and of matrix products ("selective": what is left to compute again is
-cheap); every n-th block; or a share of each list of blocks. Of a share the first blocks are taken: when they run again,
-what the later ones kept is gone already.
+cheap); every block, whose parts run once more in its second run as the backward pass comes to them ("nested", the
+recursion of Chen et al.: what one part keeps is there at a time, instead of what the whole block does); every n-th
+block; or a share of each list of blocks. Of a share the first blocks are taken: when they run again, what the later
+ones kept is gone already.
 """
 
 from __future__ import annotations
@@ -40,9 +42,19 @@ def checkpoint_blocks(blocks: Mapping[str, nn.ModuleList], kind: Checkpointing =
         for block in group:
             if not next(chosen):
                 continue
-            assert block.forward.__name__ != _NAME, f"forward of {type(block).__name__} is already overridden"
-            # A bound method: a deep copy of the network gets one that is bound to the copy.
-            block.forward = MethodType(_checkpointed(block.forward.__func__, contexts), block)  # type: ignore[union-attr]
+            for part in parts_of(block) if kind == "nested" else ():
+                _run_again(part, None)
+            _run_again(block, contexts)
+
+
+def parts_of(block: nn.Module) -> list[nn.Module]:
+    """What "nested" runs again by itself within a block: the modules that it calls, but for matrices and convolutions,
+    which keep their input alone."""
+    children = list(block.children())
+    if len(children) == 1:
+        return parts_of(children[0])
+    called = [one for child in children for one in (child if isinstance(child, nn.ModuleList) else [child])]
+    return [part for part in called if not hasattr(part, "in_features") and not hasattr(part, "kernel_size")]
 
 
 def chosen_blocks(lengths: Mapping[str, int], kind: Checkpointing) -> list[bool]:
@@ -51,7 +63,7 @@ def chosen_blocks(lengths: Mapping[str, int], kind: Checkpointing) -> list[bool]
     if isinstance(kind, Mapping):
         shares = [(length, round(kind.get(name, 0.0) * length)) for name, length in lengths.items()]
         return [place < again for length, again in shares for place in range(length)]
-    if kind == "selective" or isinstance(kind, bool):
+    if isinstance(kind, str | bool):
         return [bool(kind)] * count
     return [place % int(kind) == 0 for place in range(count)]
 
@@ -66,17 +78,23 @@ def check_lists(kind: Checkpointing, names: Sequence[str]) -> None:
             )
 
 
+def _run_again(module: nn.Module, contexts: Callable[[], Any] | None) -> None:
+    assert module.forward.__name__ != _NAME, f"forward of {type(module).__name__} is already overridden"
+    # A bound method: a deep copy of the network gets one that is bound to the copy.
+    module.forward = MethodType(_checkpointed(module.forward.__func__, contexts), module)  # type: ignore[method-assign]
+
+
 def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
-    """A block's forward pass, run again in the backward pass."""
+    """A module's forward pass, run again in the backward pass."""
     extra: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
 
-    def checkpointed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def checkpointed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(block, *args, **kwargs)
+            return forward(module, *args, **kwargs)
         names, count = tuple(kwargs), len(args)
 
         def run(*values: Any) -> Any:
-            return forward(block, *values[:count], **dict(zip(names, values[count:], strict=True)))
+            return forward(module, *values[:count], **dict(zip(names, values[count:], strict=True)))
 
         # Torch saves arguments by position as autograd saves tensors, which can be moved; others it holds itself.
         return checkpoint(run, *args, *kwargs.values(), use_reentrant=False, **extra)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from kinema.memory.checkpointing import selective_contexts
+from kinema.config.memory import OfBlock
+from kinema.memory.checkpointing import parts_of, selective_contexts
 from kinema.memory.dry_run import ATTENTION, DryRun
+
+Rules = Literal["cuda", "cpu"]
 
 
 class DryArithmetic(TorchFunctionMode):
     """Inside, attention is fused: it keeps its inputs, its output and one number a row for the backward pass. With
-    ``compute`` other than float32, autocast to it by the rules for CUDA, without its cache of cast weights, whose bytes
-    ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens attend to each
-    other."""
+    ``compute`` other than float32, autocast to it by the rules for ``device``, without its cache of cast weights, whose
+    bytes ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens attend to
+    each other."""
 
-    def __init__(self, run: DryRun, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, run: DryRun, compute: torch.dtype = torch.float32, device: Rules = "cuda") -> None:
         super().__init__()
         self.run = run
         self.compute = compute
+        self.raised = _RAISED[device]
         self.casts = 0
         self.attention = 0
 
@@ -43,25 +47,26 @@ class DryArithmetic(TorchFunctionMode):
             torch.is_autocast_enabled, torch.get_autocast_dtype = asked, asked_type
 
     @contextmanager
-    def checkpointed(self, blocks: Iterable[nn.Module], selective: bool = False) -> Iterator[None]:
+    def checkpointed(self, blocks: Iterable[nn.Module], kind: OfBlock = True) -> Iterator[None]:
         """Inside, activation checkpointing of these blocks. They run again in the backward pass, where torch would let
         go of this mode."""
-        given = [(block, vars(block).get("forward")) for block in blocks]
+        modules = [one for block in blocks for one in (*(parts_of(block) if kind == "nested" else ()), block)]
+        given = [(module, vars(module).get("forward")) for module in modules]
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            first, again = selective_contexts() if selective else (nullcontext(), nullcontext())
+            first, again = selective_contexts() if kind == "selective" else (nullcontext(), nullcontext())
             return first, _both(again, self)
 
-        for block, _ in given:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        for module, _ in given:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)
         try:
             yield
         finally:
-            for block, own in given:
+            for module, own in given:
                 if own is None:
-                    del block.forward
+                    del module.forward
                 else:  # that of sequence parallel
-                    block.forward = own
+                    module.forward = own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,7 +74,7 @@ class DryArithmetic(TorchFunctionMode):
         if self.compute != torch.float32:
             if name in _LOWER:
                 args, kwargs = (tree_map(self._lowered, one) for one in (args, kwargs))
-            elif name in _RAISED:
+            elif name in self.raised:
                 args, kwargs = (tree_map(_raised, one) for one in (args, kwargs))
         if name == "scaled_dot_product_attention":
             output = _attention(*args, **kwargs)
@@ -128,10 +133,15 @@ _IN_COMPUTE_TYPE = """
 linear matmul __matmul__ __rmatmul__ mm bmm addmm addmv addbmm baddbmm mv chain_matmul einsum bilinear prelu
 conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention
 """
-_IN_FLOAT32 = """
+_IN_FLOAT32_ON_GPUS = """
 acos asin cosh exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus layer_norm
 group_norm norm cosine_similarity mse_loss l1_loss smooth_l1_loss huber_loss softmax log_softmax cumsum cumprod prod
 sum logsumexp cdist interpolate
 """
-"""Both lists are those of torch's CUDA autocast (aten/src/ATen/autocast_mode.h), as far as networks use them."""
-_LOWER, _RAISED = frozenset(_IN_COMPUTE_TYPE.split()), frozenset(_IN_FLOAT32.split())
+_IN_FLOAT32_ON_CPUS = "prod cdist mse_loss l1_loss smooth_l1_loss huber_loss"
+"""The lists are those of torch's autocast (aten/src/ATen/autocast_mode.h and .cpp), as far as networks use them."""
+_LOWER = frozenset(_IN_COMPUTE_TYPE.split())
+_RAISED: Mapping[Rules, frozenset[str]] = {
+    "cuda": frozenset(_IN_FLOAT32_ON_GPUS.split()),
+    "cpu": frozenset(_IN_FLOAT32_ON_CPUS.split()),
+}

@@ -39,7 +39,7 @@ class Batch:
 
 Kind = bool | str | int | tuple[tuple[str, float], ...]
 """``training.activation_checkpointing``, a table as its items."""
-KINDS: tuple[Kind, ...] = (False, True)
+KINDS: tuple[Kind, ...] = (False, True, "nested")
 """Those that a search tries."""
 
 

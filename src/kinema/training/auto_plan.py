@@ -99,7 +99,7 @@ def _search(config: Config, cluster: Cluster) -> tuple[Found, float]:
     started = time.perf_counter()
     family = planning_family(config)
     sizes = Sizes(dp_replicate=cluster.count) if config.parallel.auto else sizes_of(config.parallel, cluster.count)
-    known = prospect(config, family, sizes)
+    known = prospect(config, family, sizes, rules="cuda" if cluster.on_gpu else "cpu")
     plans: Iterable[Candidate] = allowed(config, cluster)
     if searches_offloading(config):
         plans = with_offloading(config, known, cluster, plans)

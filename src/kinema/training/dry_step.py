@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kinema.config.memory import OfBlock
 from kinema.config.schema import Config
 from kinema.config.section import QUANTIZED
 from kinema.data.batch import Batch
@@ -26,7 +27,7 @@ from kinema.families.pipeline_plans import pipeline_units
 from kinema.families.sample_shapes import sample_tensors
 from kinema.families.stored import quantized_bytes
 from kinema.families.tensor_plans import tensor_plan
-from kinema.memory.dry_arithmetic import DryArithmetic
+from kinema.memory.dry_arithmetic import DryArithmetic, Rules
 from kinema.memory.dry_run import DryRun
 from kinema.objectives.base import Draws
 from kinema.parallel.paper import Exchanged, PaperWorld
@@ -47,11 +48,11 @@ class DryNetworks:
     """The networks that a configuration trains, without weights: whole to be counted, and shortened to be run.
 
     Blocks that are alike need not all run: of each row of them a few stay, and stand for the rest (`shorten`).
-    ``precision``: what is computed in, "fp32", "bf16" or "fp16".
+    ``precision``: what is computed in, "fp32", "bf16" or "fp16". ``rules``: the device by whose autocast.
     """
 
-    def __init__(self, config: Config, family: Family, precision: str) -> None:
-        self.config, self.family, self.precision = config, family, precision
+    def __init__(self, config: Config, family: Family, precision: str, rules: Rules = "cuda") -> None:
+        self.config, self.family, self.precision, self.rules = config, family, precision, rules
         others = [part for part in family.trained_parts() if not part.startswith("network")]
         if others:
             raise UserError(
@@ -119,7 +120,7 @@ class DryNetworks:
         self,
         bucket: Bucket,
         samples: int,
-        checkpointing: bool | Literal["selective"],
+        checkpointing: OfBlock,
         text_tokens: int | None = None,
         sp: int = 1,
         tp: int = 1,
@@ -134,7 +135,7 @@ class DryNetworks:
         objective = OBJECTIVES.load(self.config.objective.type)(self.config.objective, self.family)
         denoisers = {"student": FamilyDenoiser(self.family, networks)}
         dry = DryRun()
-        arithmetic = DryArithmetic(dry, torch_dtype(self.precision))
+        arithmetic = DryArithmetic(dry, torch_dtype(self.precision), self.rules)
         for network in networks.values():
             dry.exclude([*network.parameters(), *network.buffers()])
         recorder = Recorder(dry, arithmetic, given)
@@ -144,7 +145,7 @@ class DryNetworks:
             if checkpointing:
                 groups = [self.family.blocks(network).values() for network in networks.values()]
                 blocks = itertools.chain.from_iterable(itertools.chain.from_iterable(groups))
-                stack.enter_context(arithmetic.checkpointed(blocks, checkpointing == "selective"))
+                stack.enter_context(arithmetic.checkpointed(blocks, checkpointing))
             for network in networks.values():
                 stack.enter_context(recorder.watching(network, [run.path for run in self.runs]))
             stack.enter_context(dry)

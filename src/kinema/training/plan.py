@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from kinema.config.schema import Config
 from kinema.config.section import QUANTIZED
@@ -39,6 +39,8 @@ from kinema.parallel.plan_time import MFU
 if TYPE_CHECKING:
     from torch import nn
 
+    from kinema.config.memory import OfBlock
+    from kinema.memory.dry_arithmetic import Rules
     from kinema.training.dry_step import DryNetworks
 
 
@@ -73,12 +75,15 @@ class Prospect:
     refusal: Refusal
 
 
-def prospect(config: Config, family: Family, sizes: Sizes, text_tokens: int | None = None) -> Prospect:
-    """Read a configuration for planning; ``sizes``: the mesh by which its heaviest bucket is chosen."""
+def prospect(
+    config: Config, family: Family, sizes: Sizes, text_tokens: int | None = None, rules: Rules = "cuda"
+) -> Prospect:
+    """Read a configuration for planning; ``sizes``: the mesh by which its heaviest bucket is chosen; ``rules``: the
+    device by whose autocast it computes."""
     from kinema.training.dry_step import DryNetworks
 
     precision = "bf16" if config.training.precision == "auto" else config.training.precision
-    networks = DryNetworks(config, family, precision)
+    networks = DryNetworks(config, family, precision, rules)
     parallel = config.parallel
     model = Model(
         merged(networks.weights), networks.buffers, networks.blocks, parallel.schedule, parallel.stages_per_rank,
@@ -241,8 +246,8 @@ def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> C
 
     @cache
     def run(checkpointing: Kind, samples: int, sp: int, tp: int) -> Pass:
-        if isinstance(checkpointing, bool) or checkpointing == "selective":
-            return networks.run(bucket, samples, checkpointing, text_tokens, sp, tp)  # type: ignore[arg-type]
+        if isinstance(checkpointing, bool | str):
+            return networks.run(bucket, samples, cast("OfBlock", checkpointing), text_tokens, sp, tp)
         again = chosen_blocks(networks.lists, as_configured(checkpointing))
         return run(False, samples, sp, tp).mixed(run(True, samples, sp, tp), again)
 
