@@ -63,7 +63,7 @@ def in_float64() -> Iterator[None]:
 def network_of(
     world: World, name: str, root: Path, dtype: torch.dtype, compiled: bool = False, way: SequenceAttention = "ulysses"
 ) -> nn.Module:
-    """A tiny network of which everything trains, no weight zero; checkpointed unless it is compiled."""
+    """A tiny network of which everything trains, no weight zero; checkpointed, nested, unless it is compiled."""
     family = family_of(ALL[name], root / name)
     network = family.load("network", "cpu", dtype).to(dtype).train().requires_grad_(True)
     generator = torch.Generator().manual_seed(3)
@@ -76,7 +76,7 @@ def network_of(
     if compiled:
         compile_blocks(blocks, "aot_eager")
     else:
-        checkpoint_blocks(blocks)
+        checkpoint_blocks(blocks, "nested")
     shard(network, blocks, world)
     return network
 

@@ -10,13 +10,15 @@ ones kept is gone already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kinema.config.memory import Checkpointing
@@ -43,7 +45,7 @@ def checkpoint_blocks(blocks: Mapping[str, nn.ModuleList], kind: Checkpointing =
             if not next(chosen):
                 continue
             for part in parts_of(block) if kind == "nested" else ():
-                _run_again(part, None)
+                _run_again(part, in_same_modes)
             _run_again(block, contexts)
 
 
@@ -86,11 +88,12 @@ def _run_again(module: nn.Module, contexts: Callable[[], Any] | None) -> None:
 
 def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
     """A module's forward pass, run again in the backward pass."""
-    extra: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
 
     def checkpointed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
+        given = contexts if contexts is not in_same_modes or not torch.compiler.is_compiling() else None
+        extra: dict[str, Any] = {} if given is None else {"context_fn": given}
         names, count = tuple(kwargs), len(args)
 
         def run(*values: Any) -> Any:
@@ -100,6 +103,31 @@ def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any] | Non
         return checkpoint(run, *args, *kwargs.values(), use_reentrant=False, **extra)
 
     return checkpointed_forward
+
+
+def in_same_modes() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The contexts of the first and of later runs of a part: what its block has switched on for its own run, such as
+    attention over the tokens of several processes, is on again. Compiled code has it inside."""
+    modes = [mode.again() if isinstance(mode, Repeatable) else mode for mode in _get_current_function_mode_stack()]
+    return nullcontext(), _entered(modes)
+
+
+@runtime_checkable
+class Repeatable(Protocol):
+    """A mode with a state."""
+
+    def again(self) -> TorchFunctionMode:
+        """One as this is now."""
+
+
+@contextmanager
+def _entered(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    here = _get_current_function_mode_stack()
+    with ExitStack() as stack:
+        for mode in modes:
+            if mode not in here:
+                stack.enter_context(mode)
+        yield
 
 
 @cache

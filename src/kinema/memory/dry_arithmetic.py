@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from kinema.config.memory import OfBlock
-from kinema.memory.checkpointing import parts_of, selective_contexts
+from kinema.memory.checkpointing import in_same_modes, parts_of, selective_contexts
 from kinema.memory.dry_run import ATTENTION, DryRun
 
 Rules = Literal["cuda", "cpu"]
@@ -55,7 +55,7 @@ class DryArithmetic(TorchFunctionMode):
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             first, again = selective_contexts() if kind == "selective" else (nullcontext(), nullcontext())
-            return first, _both(again, self)
+            return first, _both(again, in_same_modes()[1])
 
         for module, _ in given:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)

@@ -14,6 +14,7 @@ mode that is in force while a block runs, in the second run of activation checkp
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -183,6 +184,10 @@ class _AttentionOfAll(TorchFunctionMode):
             attn_mask = self.mask
         options |= {"dropout_p": dropout_p, "is_causal": is_causal}
         return attend(self.layout, call, query, key, value, attn_mask, self.way, **options)
+
+    def again(self) -> _AttentionOfAll:
+        """For a part of the block that runs again: its calls are the next ones from here."""
+        return copy.copy(self)
 
     def check(self, block: nn.Module) -> None:
         """UserError if attention has gone another way: each process would have seen its own tokens alone."""
