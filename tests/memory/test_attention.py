@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinema.config.memory import Checkpointing
 from kinema.config.schema import ModelConfig
 from kinema.errors import ConfigError, UserError
 from kinema.families.base import Family
@@ -54,12 +55,13 @@ def loss(family: Family, network: torch.nn.Module) -> Tensor:
     return family.predict(network, x_t, torch.tensor([0.4]), {"encoder_hidden_states": text}).square().mean()
 
 
-def test_blocks_attend_with_it(family: Family, calls: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(("kind", "runs"), [(True, 2), ("nested", 3)])
+def test_blocks_attend_with_it(family: Family, calls: list[tuple[int, ...]], kind: Checkpointing, runs: int) -> None:
     plain = family.load("network", "cpu", torch.float32).requires_grad_(True)
     other = copy.deepcopy(plain)
     blocks = family.blocks(other)
     attend_with(blocks, "flash")
-    checkpoint_blocks(blocks)
+    checkpoint_blocks(blocks, kind)
     expected = loss(family, plain)
     assert calls == []
     got = loss(family, other)
@@ -68,7 +70,7 @@ def test_blocks_attend_with_it(family: Family, calls: list[tuple[int, ...]]) -> 
     torch.testing.assert_close(got, expected)
     expected.backward()
     got.backward()
-    assert len(calls) == 2 * count
+    assert len(calls) == runs * count
     for (name, one), two in zip(plain.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
