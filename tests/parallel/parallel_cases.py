@@ -22,6 +22,7 @@ from kinema.config.memory import Checkpointing
 from kinema.config.optimizer import OptimizerConfig
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
+from kinema.memory.activations import offload_activations
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.optim.ema import Ema
 from kinema.optim.host_state import HostState
@@ -33,6 +34,9 @@ from kinema.runs.trained import named_trainables
 from kinema.training.checkpoint import Checkpointer
 from kinema.training.clipping import clip_gradients
 from kinema.training.state import load_training_state, training_state
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+from lagging import LaggingCopies
 
 BATCH = 8
 STEPS = 3
@@ -158,6 +162,15 @@ def full(world: World, directory: Path) -> Result:
     """Full training, activation checkpointing on, two micro-batches a rank."""
     wan = prepared(world, network(), checkpointing=True)
     norms = fit(world, wan)
+    return {"norms": norms, "weights": whole(dict(wan.named_parameters()))}
+
+
+def away(world: World, directory: Path) -> Result:
+    """What blocks save for the backward pass waits elsewhere: all of it, two micro-batches a rank."""
+    wan = prepared(world, network())
+    offload = offload_activations({"blocks": wan.blocks}, LaggingCopies(), smallest=256)
+    norms = fit(world, wan)
+    assert offload.moved_bytes > 0
     return {"norms": norms, "weights": whole(dict(wan.named_parameters()))}
 
 
@@ -359,7 +372,7 @@ def collectives(world: World, directory: Path) -> Result:
 
 
 Case = Callable[[World, Path], Result]
-TRAININGS: list[Case] = [full, accumulated, lora, autocast, averaged, matrices, resumed]
+TRAININGS: list[Case] = [full, away, accumulated, lora, autocast, averaged, matrices, resumed]
 REPLICATED: list[Case] = [partly_used, released, mixed_gradients, different_weights, collectives]
 FAILURES: list[Case] = [not_finite, disk_full_on_one]
 

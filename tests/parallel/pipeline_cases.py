@@ -22,14 +22,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "memory"))
 
 import cases
+from lagging import LaggingCopies
 from zoo import NEGATIVE, PROMPT, Case, batch_of, config_of, encode, family_of, tiny_directory
 
+from kinema.config.memory import MemoryConfig
 from kinema.config.schema import Config
 from kinema.dtypes import torch_dtype
 from kinema.families.base import Family
 from kinema.families.registry import open_family
+from kinema.memory.activations import offload_activations
 from kinema.objectives.flow import flow_matching
 from kinema.optim.ema import Ema
 from kinema.optim.optimizers import build_optimizers
@@ -135,7 +139,10 @@ def configured(plan: Plan, root: Path) -> tuple[Config, Family]:
 
 
 def trainer_of(world: World, config: Config, family: Family, start_adapters: bool = True) -> Trainer:
-    networks = load_networks(config, family, world)
+    """As a run makes it. What ``memory.offload_activations`` moves goes nowhere on a CPU, but late."""
+    networks = load_networks(config.model_copy(update={"memory": MemoryConfig()}), family, world)
+    for network in networks.values() if config.memory.offload_activations else ():
+        offload_activations(family.blocks(network), LaggingCopies(), smallest=256)
     if start_adapters and config.adapter is not None:
         _start_adapters(networks)
     parameters = named_trainables(networks)

@@ -17,7 +17,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from pipeline_cases import ALL, Plan, batch_of, family_of, train
+from pipeline_cases import ALL, LaggingCopies, Plan, batch_of, family_of, train
 from ranks import run_cases
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from kinema.config.schema import SequenceAttention
 from kinema.errors import UserError
 from kinema.families.sequence_plans import Attention, sequence_plans
+from kinema.memory.activations import offload_activations
 from kinema.memory.checkpointing import checkpoint_blocks
 from kinema.memory.compile import compile_blocks
 from kinema.parallel.data import accumulate, shard
@@ -63,7 +64,8 @@ def in_float64() -> Iterator[None]:
 def network_of(
     world: World, name: str, root: Path, dtype: torch.dtype, compiled: bool = False, way: SequenceAttention = "ulysses"
 ) -> nn.Module:
-    """A tiny network of which everything trains, no weight zero; checkpointed, nested, unless it is compiled."""
+    """A tiny network of which everything trains, no weight zero; checkpointed, nested, with what blocks
+    keep elsewhere, unless it is compiled."""
     family = family_of(ALL[name], root / name)
     network = family.load("network", "cpu", dtype).to(dtype).train().requires_grad_(True)
     generator = torch.Generator().manual_seed(3)
@@ -78,6 +80,8 @@ def network_of(
     else:
         checkpoint_blocks(blocks, "nested")
     shard(network, blocks, world)
+    if not compiled:
+        offload_activations(blocks, LaggingCopies(), smallest=256)
     return network
 
 

@@ -77,7 +77,7 @@ PLANS = pytest.mark.parametrize("plan", ["2x1", "1x2"])
 
 
 @PLANS
-@pytest.mark.parametrize("case", ["full", "accumulated", "lora", "autocast", "averaged", "matrices"])
+@pytest.mark.parametrize("case", ["full", "away", "accumulated", "lora", "autocast", "averaged", "matrices"])
 def test_equals_one_process(two: Path, world: World, tmp_path: Path, plan: str, case: str) -> None:
     got, want = result(two, plan, case), getattr(parallel_cases, case)(world, tmp_path)
     # FSDP2's hooks change the order in which autograd sums the gradients of the text, in bf16 under autocast.

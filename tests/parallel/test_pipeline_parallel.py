@@ -290,8 +290,9 @@ def one_thread() -> Any:
 
 
 FILES = ("files", True)
+AWAY = (("training.activation_checkpointing", "nested"), ("memory.offload_activations", True))
 FEW = [
-    Plan("wan-t2v-1.3b", "pp2", settings=(FILES,)),
+    Plan("wan-t2v-1.3b", "pp2", settings=(FILES, *AWAY)),
     Plan("wan-t2v-1.3b", "pp2", lora=True, settings=(("schedule", "gpipe"), ("partition", "uniform"), FILES)),
     Plan("lumina2-image-2.0", "pp2", steps=1, settings=(("schedule", "interleaved"), ("stages_per_rank", 3))),
     Plan("sdxl-base-eps", "pp2", steps=1, settings=(("schedule", "zero_bubble"),)),

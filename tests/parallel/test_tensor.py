@@ -120,9 +120,10 @@ def plan_of(model: str, lora: bool, **settings: Any) -> str:
 
 # -- two peers -------------------------------------------------------------------------------------------------------
 
+AWAY = {"training.activation_checkpointing": "nested", "memory.offload_activations": True}
 TRAININGS = {
     "open_sora-full": plan_of("open_sora-v2", False),
-    "open_sora-lora-checkpointed": plan_of("open_sora-v2", True, **{"training.activation_checkpointing": "nested"}),
+    "open_sora-lora-checkpointed": plan_of("open_sora-v2", True, **AWAY),
     "wan-full": plan_of("wan-i2v-14b-480p", False),
     "flux-lora": plan_of("flux-dev", True),
 }
