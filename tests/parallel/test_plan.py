@@ -27,8 +27,8 @@ from kinema.parallel.plan_time import bubble_of, shared_out, step_time, traffic
 from kinema.parallel.schedule import Schedule, orders
 
 TOLERANCE = 0.1
-OF_STAGES = 0.15
-"""What stages hand to collectives: not all have what is outside of blocks."""
+ROUNDING = 1e-5
+"""Of traffic, which is forecast to the byte, but where shards travel in 16 bits and some weights get no gradient."""
 QUICK = {("wan-t2v-1.3b", "full"), ("wan-t2v-1.3b", "full, released"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
     "wan-t2v-1.3b/full, accumulated/sharded",
@@ -85,15 +85,11 @@ def _compare(found: dict[str, Any], root: Path) -> None:
             "reduce_scatter": moved.shard_scatter,
             "all_to_all": moved.sp_exchange,
             "gather": moved.tp_gather,
-            "send": moved.pp_send / 2,  # the first stage sends forward alone
-            "all_reduce": moved.replicate_reduce + moved.small_reduce + moved.tp_reduce,
+            "send": moved.pp_send,
+            "all_reduce": moved.replicate_reduce + moved.small_reduce + moved.tp_reduce + moved.pp_reduce,
         }
-        if sizes.pp == 1:
-            assert {kind: sent.get(kind, 0) for kind in given} == given, name
-            continue
-        assert sent["send"] == given["send"], name
-        for kind in ("all_gather", "reduce_scatter", "all_to_all"):
-            assert sent.get(kind, 0) == pytest.approx(given[kind], rel=OF_STAGES), name
+        for kind, value in given.items():
+            assert sent.get(kind, 0) == pytest.approx(value, rel=ROUNDING), (name, kind)
 
 
 def test_memory_and_traffic_of_two_ranks(root: Path) -> None:
@@ -220,7 +216,9 @@ def test_traffic_by_dimension() -> None:
     assert hybrid.replicate_reduce == 10000  # each shard between the copies
     assert traffic(model, shared_out(one, 4, 1), Sizes(sp=4), 1).sp_exchange == 2 * 4 * 400 / 4  # there and back
     assert traffic(model, shared_out(one, 1, 2), Sizes(tp=2), 1).tp_reduce == 2 * 2 * 4 * 60
-    assert traffic(model, one, Sizes(pp=2), 8).pp_send == 2 * 8 * 60
+    staged = traffic(model, one, Sizes(pp=2), 8)
+    assert (staged.pp_send, staged.pp_reduce) == (8 * 60, 8000 + 4)  # the first stage sends forward, the last back
+    assert traffic(model, one, Sizes(pp=4), 8).pp_send == 2 * 8 * 60
 
 
 def test_a_step_takes_flops_over_speed_and_waits_for_what_is_not_hidden() -> None:

@@ -76,7 +76,9 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     if laid.sharded:
         passes = [_with_short_weights(model, part) for part in passes]
     arrives = [one.handed_on if rank + turn else 0.0 for turn in range(len(stages))]
-    kept = [sum(s.kept for s in part.forward) + more for part, more in zip(passes, arrives, strict=True)]
+    # What is there when a pass is over, such as tables of positions, is there once.
+    lasting = max(0.0, one.sums.kept)
+    kept = [sum(s.kept for s in part.forward) - lasting + more for part, more in zip(passes, arrives, strict=True)]
     total = _gradients_at_once(model, sums["gradient"], laid)
     rows: list[tuple[float, float, float]] = [(0.0, total, _being_reduced(total, laid)[1])]
     schedule = moments_of(model.schedule, sizes.pp, model.stages_per_rank, laid.micro_batches)
@@ -193,7 +195,7 @@ def _backward(
     everything = whole[OUTSIDE] + sum(whole[block] for block in blocks)
     shards, along = laid.sizes.weight_shards, _being_reduced(total, laid)[0]
     level = sum(segment.kept for segment in part.forward) + arrives
-    done, found = 0.0, []
+    done, freed, found = 0.0, 0.0, []
     for segment in part.backward:
         own = segment.gradients
         made = own * raw[segment.block]  # before they are cast to be summed
@@ -208,15 +210,18 @@ def _backward(
             # Before the last micro-batch, and in it: what is summed over devices is whole no more.
             waiting = _whole_gradients(model, laid, blocks)
             found.append((level + segment.peak, 0.0, everything + waiting + made))
-            found.append((level + segment.peak, done, everything + waiting - done * shards + max(made, own)))
+            found.append((level + segment.peak, done, everything - freed + waiting - done * shards + max(made, own)))
         elif laid.sharded:
-            found.append((level + segment.peak, total if laid.accumulates else done, everything + made + own))
+            # The last micro-batch's pass leaves a block's shards alone behind it.
+            there = everything if laid.accumulates else everything - freed
+            found.append((level + segment.peak, total if laid.accumulates else done, there + made + own))
         elif laid.accumulates:
             found.append((level + segment.peak, total, along))
         else:
             own_too = done + segment.own_peak - segment.peak
             found.append((level + segment.peak, own_too if model.largest_gradient is None else total, along))
         done = min(total, done + own / shards)
+        freed += whole[segment.block] if segment.block != OUTSIDE else 0.0
         level += segment.kept
     return found
 

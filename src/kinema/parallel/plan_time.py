@@ -48,6 +48,8 @@ class Traffic:
     tp_reduce: float = 0.0
     tp_gather: float = 0.0
     pp_send: float = 0.0
+    pp_reduce: float = 0.0
+    """Gradients of what every stage of a pipeline has."""
     host: float = 0.0
     """Between the device and the machine's memory."""
 
@@ -61,7 +63,7 @@ class Traffic:
             "dp_replicate": 2 * (copies - 1) / copies * self.replicate_reduce,
             "sp": (sizes.sp - 1) / sizes.sp * self.sp_exchange,
             "tp": (sizes.tp - 1) / sizes.tp * (2 * self.tp_reduce + self.tp_gather),
-            "pp": self.pp_send,
+            "pp": self.pp_send + 2 * (sizes.pp - 1) / sizes.pp * self.pp_reduce,
             "host": self.host,
         }
         return {name: sent for name, sent in around.items() if sent}
@@ -145,9 +147,17 @@ def _traffic_of(model: Model, one: Pass, sizes: Sizes, micro_batches: int, how: 
         sp_exchange=micro_batches * sums["exchanged"] if sizes.sp > 1 else 0.0,
         tp_reduce=micro_batches * sums["reduced"] if sizes.tp > 1 else 0.0,
         tp_gather=micro_batches * sums["gathered"] if sizes.tp > 1 else 0.0,
-        pp_send=2 * micro_batches * one.handed_on * model.stages_per_rank if sizes.pp > 1 else 0.0,
+        pp_send=_hand_overs(sizes.pp, model.stages_per_rank, rank) * micro_batches * one.handed_on,
+        pp_reduce=of.outside if sizes.pp > 1 else 0.0,
         host=held if how.offload and sharded else 0.0,
     )
+
+
+def _hand_overs(pp: int, per_rank: int, rank: int) -> int:
+    """How often a process of a pipeline sends on a micro-batch: each stage forward and back, but for the ends."""
+    if pp == 1:
+        return 0
+    return 2 * per_rank - (rank == 0) - (rank == pp - 1)
 
 
 def step_time(
@@ -219,6 +229,8 @@ class _Totals:
     """Gradients, with their flags, of what stays whole where others are sharded."""
     whole: float = 0.0
     whole_gradients: float = 0.0
+    outside: float = 0.0
+    """Gradients, with their flags, of what lies outside of blocks."""
     made: float = 0.0
     """All gradients, as one of the devices that share matrices makes them."""
     state: float = 0.0
@@ -238,6 +250,8 @@ def _totals(model: Model, sizes: Sizes, blocks: Stage | None = None) -> _Totals:
         stays = weight.stays and sizes.weight_shards > 1
         share = local(weight if stays else replace(weight, stays=False), sizes)
         found.made += local(replace(weight, stays=True), sizes) * weight.gradient
+        if weight.block == OUTSIDE:
+            found.outside += share * weight.gradient + flags
         if stays:
             found.small += share * weight.gradient + flags
             continue

@@ -155,6 +155,7 @@ class DryNetworks:
             loss = objective(batch, denoisers, Draws(self.config.run.seed, 0))
             recorder.turn()
             loss.total.backward()
+            del loss, batch, rows, tensors  # what is left lasts: tables that the network keeps
             recorder.cut(OUTSIDE)
         return expanded(Pass(tuple(recorder.forward), tuple(recorder.backward)), self.runs)
 
