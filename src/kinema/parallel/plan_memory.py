@@ -212,9 +212,17 @@ def _backward(
             found.append((level + segment.peak, 0.0, everything + waiting + made))
             found.append((level + segment.peak, done, everything - freed + waiting - done * shards + max(made, own)))
         elif laid.sharded:
-            # The last micro-batch's pass leaves a block's shards alone behind it.
-            there = everything if laid.accumulates else everything - freed
-            found.append((level + segment.peak, total if laid.accumulates else done, there + made + own))
+            # Gradients as they come, then once more in the order of sending, when what the block kept is gone. The last
+            # micro-batch's pass leaves a block's shards alone behind it, before it sends.
+            while_made = level + segment.peak + (segment.own_peak - segment.peak) * raw[segment.block]
+            when_sent = level + segment.kept + made + own
+            summed = total if laid.accumulates else done
+            block = whole[segment.block] if segment.block != OUTSIDE else 0.0
+            found.append((while_made, summed, everything - freed))
+            found.append((when_sent, summed, everything - freed - block))
+            if laid.accumulates:
+                summed = total if laid.micro_batches > 2 else done
+                found += [(while_made, summed, everything), (when_sent, summed, everything)]
         elif laid.accumulates:
             found.append((level + segment.peak, total, along))
         else:
