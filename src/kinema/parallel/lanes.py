@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,13 @@ HEADER = 256
 _lanes: WeakKeyDictionary[DeviceMesh, Lanes] = WeakKeyDictionary()
 
 
+class _Sent(NamedTuple):
+    number: int
+    way: tuple[int, int]
+    work: dist.Work
+    tensor: Tensor
+
+
 class Lanes:
     """Messages between neighbouring stages.
 
@@ -40,15 +48,17 @@ class Lanes:
             dist.new_subgroups_by_enumeration(lines, timeout=TIMEOUT)[0] for _ in range(communicators(len(self.line)))
         ]
         self._counts: dict[tuple[int, int, str], int] = {}
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[_Sent] = []
+        self._number = 0
 
-    def send(self, tensors: Sequence[Tensor], source: int, target: int) -> None:
-        """Tensors of any types and shapes from stage ``source`` to ``target``; returns at once."""
+    def send(self, tensors: Sequence[Tensor], source: int, target: int) -> int:
+        """Tensors of any types and shapes from stage ``source`` to ``target``; returns at once, with a number for
+        `answered`."""
         numbers = [len(tensors)]
         for one in tensors:
             numbers += [DTYPES.index(one.dtype), one.ndim, *one.shape]
         assert len(numbers) <= HEADER, "a message of this many tensors"
-        self.send_like([torch.tensor(numbers + [0] * (HEADER - len(numbers))), *tensors], source, target)
+        return self.send_like([torch.tensor(numbers + [0] * (HEADER - len(numbers))), *tensors], source, target)
 
     def receive(self, source: int, target: int) -> list[Tensor]:
         """What ``send`` sent."""
@@ -61,14 +71,24 @@ class Lanes:
             empty.append(torch.empty(shape, dtype=dtype, device=self.device))
         return self.receive_like(empty, source, target)
 
-    def send_like(self, tensors: Iterable[Tensor], source: int, target: int) -> None:
+    def send_like(self, tensors: Iterable[Tensor], source: int, target: int) -> int:
         """Tensors of which the other stage knows types and shapes."""
         group, peer = self._way(source, target, target)
-        self._sent = [one for one in self._sent if not one[0].is_completed()]
+        self._number += 1
+        self._sent = [one for one in self._sent if not one.work.is_completed()]
         for tensor in (one.detach().contiguous() for one in tensors):
             work = dist.isend(tensor, peer, group=self._groups[group], tag=self._count(group, peer, "sent"))
             assert work is not None
-            self._sent.append((work, tensor))
+            self._sent.append(_Sent(self._number, (source, target), work, tensor))
+        return self._number
+
+    def answered(self, number: int, source: int, target: int) -> None:
+        """The other stage has come to the message of this number, and to all before it: they are needed no more. gloo
+        would not say so before it is asked to wait."""
+        for one in self._sent:
+            if one.way == (source, target) and one.number <= number:
+                one.work.wait()
+        self._sent = [one for one in self._sent if not one.work.is_completed()]
 
     def receive_like(self, tensors: Iterable[Tensor], source: int, target: int) -> list[Tensor]:
         """Tensors of these types and shapes."""
@@ -82,8 +102,8 @@ class Lanes:
 
     def finish(self) -> None:
         """Return when everything that was sent has left."""
-        for work, _ in self._sent:
-            work.wait()
+        for one in self._sent:
+            one.work.wait()
         self._sent = []
 
     def _way(self, source: int, target: int, peer: int) -> tuple[int, int]:

@@ -245,13 +245,13 @@ class Passes(Generic[AnyResult]):
     forwards: Sequence[Callable[[], AnyResult]]
     factor: float
     results: dict[int, AnyResult] = field(default_factory=dict)
-    kept: dict[tuple[int, int], tuple[Visit, tuple[Tensor, ...]]] = field(default_factory=dict)
+    kept: dict[tuple[int, int], tuple[Visit, tuple[Tensor, ...], int]] = field(default_factory=dict)
     later: dict[tuple[int, int], Later] = field(default_factory=dict)
 
     def forward(self, stage: int, micro: int) -> None:
         pipeline, visit = self.pipeline, self.pipeline.visit(stage)
         split = pipeline.schedule == "zero_bubble"
-        later = self.later.setdefault((stage, micro), [])
+        later, sent = self.later.setdefault((stage, micro), []), 0
         pipeline.begin(visit)
         try:
             with deferring(later) if split else nullcontext():
@@ -260,15 +260,18 @@ class Passes(Generic[AnyResult]):
             outputs: tuple[Tensor, ...] = (result.total * self.factor,)
         except _Stopped as stopped:
             outputs = stopped.outputs
-            pipeline.lanes.send(outputs, stage, stage + 1)
+            sent = pipeline.lanes.send(outputs, stage, stage + 1)
         finally:
             pipeline.running = None
-        self.kept[stage, micro] = visit, outputs
+        self.kept[stage, micro] = visit, outputs, sent
 
     def backward(self, stage: int, micro: int) -> None:
         lanes, last = self.pipeline.lanes, self.pipeline.last
-        visit, outputs = self.kept.pop((stage, micro))
-        gradients = [None] * len(outputs) if stage == last else lanes.receive_like(outputs, stage + 1, stage)
+        visit, outputs, sent = self.kept.pop((stage, micro))
+        gradients: Sequence[Tensor | None] = [None] * len(outputs)
+        if stage < last:
+            gradients = lanes.receive_like(outputs, stage + 1, stage)
+            lanes.answered(sent, stage, stage + 1)
         pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
         for network in self.pipeline.networks.values():
             backward_comes(network, last=micro == len(self.forwards) - 1)
@@ -278,8 +281,8 @@ class Passes(Generic[AnyResult]):
             self.results[micro].total = self.results[micro].total.detach()  # lets the graph go
         if stage > 0:
             received = (visit.received or {}).values()
-            sent = [torch.zeros_like(one) if one.grad is None else one.grad for one in received]
-            lanes.send_like(sent, stage, stage - 1)
+            back = [torch.zeros_like(one) if one.grad is None else one.grad for one in received]
+            lanes.send_like(back, stage, stage - 1)
 
     inputs = backward
 
