@@ -52,7 +52,7 @@ def test_replicas_add_up_in_the_backward_pass_of_the_last_micro_batch(monkeypatc
     for micro in range(3):
         output = network(torch.ones(1)).sum()
         output.register_hook(lambda _: seen.append((block.adds_up, network.adds_up)))
-        passes.kept[0, micro] = Visit(0, lambda _: {}), (output,)
+        passes.kept[0, micro] = Visit(0, lambda _: {}), (output,), 0
         passes.results[micro] = SimpleNamespace(total=output)
     with accumulating_all(network):
         for micro in range(3):

@@ -78,7 +78,11 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     arrives = [one.handed_on if rank + turn else 0.0 for turn in range(len(stages))]
     # What is there when a pass is over, such as tables of positions, is there once.
     lasting = max(0.0, one.sums.kept)
-    kept = [sum(s.kept for s in part.forward) - lasting + more for part, more in zip(passes, arrives, strict=True)]
+    freed = min(0.0, one.forward[-1].kept)  # the objective's own, when a forward pass ends
+    kept = [
+        sum(s.kept for s in part.forward) - lasting + more + (0.0 if end else freed)
+        for part, more, end in zip(passes, arrives, ends, strict=True)
+    ]
     total = _gradients_at_once(model, sums["gradient"], laid)
     rows: list[tuple[float, float, float]] = [(0.0, total, _being_reduced(total, laid)[1])]
     schedule = moments_of(model.schedule, sizes.pp, model.stages_per_rank, laid.micro_batches)
