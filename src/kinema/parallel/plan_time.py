@@ -208,12 +208,12 @@ def bubble_of(schedule: Schedule, pp: int, per_rank: int, micro_batches: int) ->
 @cache
 def _gathered_again(model: Model, sizes: Sizes, blocks: Stage, first: int) -> float:
     """Bytes of the weights that FSDP2 gathers for a backward pass: of blocks from the ``first`` that it reaches, as
-    nothing trains before, and of the one before it, which is fetched ahead where passes are not mixed."""
-    shards, ahead = sizes.weight_shards, int(sizes.pp == 1)
+    nothing trains before, and of the one before it, which is fetched ahead; where a pipeline mixes passes, in most."""
+    shards = sizes.weight_shards
     return sum(
         local(weight, sizes) * shards * weight.whole
         for weight in model.weights
-        if not weight.stays and (weight.block == OUTSIDE or (weight.block in blocks and weight.block >= first - ahead))
+        if not weight.stays and (weight.block == OUTSIDE or (weight.block in blocks and weight.block >= first - 1))
     )
 
 
