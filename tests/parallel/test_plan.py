@@ -29,9 +29,10 @@ from kinema.parallel.schedule import Schedule, orders
 TOLERANCE = 0.1
 ROUNDING = 1e-5
 """Of traffic, which is forecast to the byte, but where shards travel in 16 bits and some weights get no gradient."""
-FETCHED_AHEAD = 0.02
-"""Of what the shards of a pipeline gather: in some of its mixed passes FSDP2 does not fetch a block ahead that nothing
-in the backward pass reaches (HunyuanVideo's refiner, LoRA: in three of four)."""
+OF_STAGES = 0.02
+"""Of what the shards of a pipeline exchange: in some of its mixed passes FSDP2 does not fetch a block ahead that nothing
+in the backward pass reaches (HunyuanVideo's refiner, LoRA: in three of four); and gradients that a stage does not make
+are taken out by their share of the bytes, without what pads them (Wan: 0.8%)."""
 QUICK = {("wan-t2v-1.3b", "full"), ("wan-t2v-1.3b", "full, released"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
     "wan-t2v-1.3b/full, accumulated/sharded",
@@ -92,7 +93,7 @@ def _compare(found: dict[str, Any], root: Path) -> None:
             "all_reduce": moved.replicate_reduce + moved.small_reduce + moved.tp_reduce + moved.pp_reduce,
         }
         for kind, value in given.items():
-            rel = FETCHED_AHEAD if kind == "all_gather" and sizes.pp > 1 else ROUNDING
+            rel = OF_STAGES if kind in ("all_gather", "reduce_scatter") and sizes.pp > 1 else ROUNDING
             assert sent.get(kind, 0) == pytest.approx(value, rel=rel), (name, kind)
 
 
