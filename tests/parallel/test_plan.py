@@ -30,9 +30,9 @@ TOLERANCE = 0.1
 ROUNDING = 1e-5
 """Of traffic, which is forecast to the byte, but where shards travel in 16 bits and some weights get no gradient."""
 OF_STAGES = 0.02
-"""Of what the shards of a pipeline exchange: in some of its mixed passes FSDP2 does not fetch a block ahead that nothing
-in the backward pass reaches (HunyuanVideo's refiner, LoRA: in three of four); and gradients that a stage does not make
-are taken out by their share of the bytes, without what pads them (Wan: 0.8%)."""
+"""Of what the shards of a pipeline exchange. In some of its mixed passes FSDP2 does not fetch a block ahead that
+nothing in the backward pass reaches (HunyuanVideo's refiner, LoRA: in three of four), and gradients that a stage does
+not make are taken out by their share of the bytes, without what pads them (Wan: 0.8%)."""
 QUICK = {("wan-t2v-1.3b", "full"), ("wan-t2v-1.3b", "full, released"), ("flux-dev", "lora, checkpointed")}
 ON_TWO_RANKS = (
     "wan-t2v-1.3b/full, accumulated/sharded",
