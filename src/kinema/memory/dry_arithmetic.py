@@ -22,15 +22,15 @@ Rules = Literal["cuda", "cpu"]
 
 class DryArithmetic(TorchFunctionMode):
     """Inside, attention is fused: it keeps its inputs, its output and one number a row for the backward pass. With
-    ``compute`` other than float32, autocast to it by the rules for ``device``, without its cache of cast weights, whose
+    ``compute`` other than float32, autocast to it by the ``rules`` of a device, without its cache of cast weights, whose
     bytes ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens attend to
     each other."""
 
-    def __init__(self, run: DryRun, compute: torch.dtype = torch.float32, device: Rules = "cuda") -> None:
+    def __init__(self, run: DryRun, compute: torch.dtype = torch.float32, rules: Rules = "cuda") -> None:
         super().__init__()
         self.run = run
         self.compute = compute
-        self.raised = _RAISED[device]
+        self.raised = _RAISED[rules]
         self.casts = 0
         self.attention = 0
 

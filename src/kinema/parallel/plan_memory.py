@@ -78,9 +78,9 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     arrives = [one.handed_on if rank + turn else 0.0 for turn in range(len(stages))]
     # What is there when a pass is over, such as tables of positions, is there once.
     lasting = max(0.0, one.sums.kept)
-    freed = min(0.0, one.forward[-1].kept)  # the objective's own, when a forward pass ends
+    let_go = min(0.0, one.forward[-1].kept)  # the objective's own, when a forward pass ends
     kept = [
-        sum(s.kept for s in part.forward) - lasting + more + (0.0 if end else freed)
+        sum(s.kept for s in part.forward) - lasting + more + (0.0 if end else let_go)
         for part, more, end in zip(passes, arrives, ends, strict=True)
     ]
     total = _gradients_at_once(model, sums["gradient"], laid)
