@@ -22,9 +22,9 @@ Rules = Literal["cuda", "cpu"]
 
 class DryArithmetic(TorchFunctionMode):
     """Inside, attention is fused: it keeps its inputs, its output and one number a row for the backward pass. With
-    ``compute`` other than float32, autocast to it by the ``rules`` of a device, without its cache of cast weights, whose
-    bytes ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens attend to
-    each other."""
+    ``compute`` other than float32, autocast to it by the ``rules`` of a device, without its cache of cast weights,
+    whose bytes ``casts`` counts. ``attention`` counts the bytes of queries, keys, values and results where tokens
+    attend to each other."""
 
     def __init__(self, run: DryRun, compute: torch.dtype = torch.float32, rules: Rules = "cuda") -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kinema.optim.gradients import local_part
 from kinema.optim.low_bit import decode, encode, takes_codes, zero_codes
 from kinema.optim.rounding import COMPENSATION, Rounding, add_updates, is_short, noise
+from kinema.optim.stepping import Stepping, with_gradients
 
 PIECE_BYTES = 2**26
 """Weights that are updated at once, counted in float32: a few times this is needed beside the state."""
@@ -19,7 +20,7 @@ MOMENTS = (("exp_avg", True), ("root_avg_sq", False))
 """Keys of the moments that are kept as codes, and whether they have a sign."""
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Stepping):
     """AdamW (Loshchilov and Hutter 2019), computed in float32 whatever the weights' type.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
@@ -43,20 +44,13 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         self.rounding, self.bits = rounding, bits
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
-            names = group.get("param_names") or range(len(group["params"]))
-            named = [(str(name), p) for name, p in zip(names, group["params"], strict=True) if p.grad is not None]
+            named = with_gradients(group)
             for _, parameter in named:
                 self._make_state(parameter)
             for piece in pieces(named):
                 self._step_piece(piece, group)
-        return loss
 
     def _make_state(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]

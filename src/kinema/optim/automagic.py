@@ -3,7 +3,7 @@ grows where updates agree in sign with those before and shrinks where they do no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from kinema.optim.gradients import local_part
 from kinema.optim.rounding import COMPENSATION, Rounding, add_updates, is_short, noise
+from kinema.optim.stepping import Stepping, with_gradients
 
 
-class Automagic(torch.optim.Optimizer):
+class Automagic(Stepping):
     """Of a matrix G (of more dimensions: of each of its last two), with row and column means of squares
 
     r <- b r + (1 - b) mean_columns(G^2 + eps);  c <- b c + (1 - b) mean_rows(G^2 + eps);
@@ -48,18 +49,10 @@ class Automagic(torch.optim.Optimizer):
         self.min_lr, self.max_lr, self.lr_bump = min_lr, max_lr, lr_bump
         self.beta2, self.clip, self.eps, self.rounding = beta2, clip, eps, rounding
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
-            names = group.get("param_names") or range(len(group["params"]))
-            for name, parameter in zip(names, group["params"], strict=True):
-                if parameter.grad is not None:
-                    self._step_one(str(name), parameter, group)
-        return loss
+            for name, parameter in with_gradients(group):
+                self._step_one(name, parameter, group)
 
     def _make_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]

@@ -6,7 +6,7 @@ whole; what else trains has AdamW's update, with the moments that are left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from kinema.optim.muon import Orthogonal, State, alike, laid_out_like, whole
 from kinema.optim.optimizers import Parameters, check_rounding
 from kinema.optim.projections import Kind, choose, down, side, up
 from kinema.optim.rounding import COMPENSATION, Rounding, add_updates, is_short, noise
+from kinema.optim.stepping import Stepping, with_gradients
 from kinema.randomness import generator
 
 SUBSPACE = ("basis", "lines", "signs")
@@ -70,7 +71,7 @@ def generic(parameters: Parameters, block_matrices: set[str], config: OptimizerC
     return [Generic(groups, config.lr, forms, config.betas, config.eps, rounding=config.rounding)]
 
 
-class Generic(torch.optim.Optimizer):
+class Generic(Stepping):
     """w <- round(w - lr (u + decay w)), with u of the moments' forms, in step t of a parameter with gradient g:
 
     - ``first``: ``full``, m <- b1 m + (1 - b1) g and n = m / (1 - b1^t); ``none``, n = g; ``subspace``, the same of
@@ -98,18 +99,11 @@ class Generic(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, matrices=True))
         self.forms, self.betas, self.eps, self.rounding = forms or Forms(), betas, eps, rounding
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
-            names = group.get("param_names") or [str(number) for number in range(len(group["params"]))]
-            named = dict(zip(group["params"], names, strict=True))
-            for piece in alike(p for p in group["params"] if p.grad is not None):
+            named = {parameter: name for name, parameter in with_gradients(group)}
+            for piece in alike(named):
                 self._step_piece(piece, group, named)
-        return loss
 
     def _step_piece(self, piece: list[Tensor], group: dict[str, Any], names: dict[Tensor, str]) -> None:
         """Update parameters of one shape."""

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from kinema.optim.apart import Part, parts
 from kinema.optim.gradients import local_part
+from kinema.optim.stepping import Stepping
 
 PART_BYTES = 2**26
 """Parameters whose state travels together, in bytes of the parameters."""
@@ -76,7 +77,7 @@ class CudaCopies:
         self.sent.clear()
 
 
-class HostState(torch.optim.Optimizer):
+class HostState(Stepping):
     """An optimiser whose state is in the host's memory between its steps.
 
     The groups and the state are the optimiser's own. Single numbers of the state, such as counts of steps, stay where
@@ -91,12 +92,7 @@ class HostState(torch.optim.Optimizer):
         self._away: dict[tuple[Tensor, str], Tensor] = {}
         """The place in the host's memory of each tensor of the state."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         work = [part for group in self.param_groups for part in self._parts(group)]
         arriving = [self._fetch(part) for part in work[:1]]
         for number, part in enumerate(work):
@@ -105,7 +101,6 @@ class HostState(torch.optim.Optimizer):
             part.step()
             self._send(part)
         self.copies.finish()
-        return loss
 
     def _parts(self, group: dict[str, Any]) -> list[Part]:
         """Those of a group that have gradients."""

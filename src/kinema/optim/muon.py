@@ -7,7 +7,7 @@ blocks repeat a few shapes. This one iterates in fp32 off the GPU and takes many
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kinema.optim.gradients import local_part
+from kinema.optim.stepping import Stepping
 
 Method = Literal["newton_schulz", "polar_express"]
 Variant = Literal["muon", "adamuon", "normuon"]
@@ -106,7 +107,7 @@ class Orthogonal:
         return self._muon(scaled, parameter, state)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Stepping):
     """Muon with Nesterov momentum, for 2-D parameters.
 
     m <- mu m + (1 - mu) g;  u = (1 - mu) g + mu m;  w <- (1 - lr decay) w - lr U(u), where U is `Orthogonal`'s.
@@ -126,15 +127,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 assert p.ndim == 2, f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}"
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
             self._step_group(group)
-        return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
