@@ -1,10 +1,12 @@
-"""The figures of docs/guides/parallel.md and docs/scaling.md that `kinema plan` is quoted with.
+"""The figures of docs/guides/parallel.md, docs/guides/memory.md and docs/scaling.md that `kinema plan` is quoted with.
 
-    python bench/plan.py [--held 1|2|4] [--only wan-t2v-1.3b] [--scaling]
+    python bench/plan.py [--held 1|2|4] [--only wan-t2v-1.3b] [--scaling] [--nested]
 
 ``--held N``: forecasts of memory over what real steps of small networks have alive at once, on N gloo processes (the
 cases of tests/parallel/plan_cases.py); the worst on either side for each plan. ``--scaling``: what the model of times
-says of a full fine-tune of Wan 2.1 14B on 8 to 1,024 H100. Both without a choice.
+says of a full fine-tune of Wan 2.1 14B on 8 to 1,024 H100. ``--nested``: what a block of a LoRA in bf16 takes at most
+while its backward pass runs, with plain and with nested checkpointing, and how much more is computed. All three without
+a choice.
 """
 
 from __future__ import annotations
@@ -21,6 +23,15 @@ CASES = Path(__file__).parents[1] / "tests" / "parallel"
 LIMIT = 0.1
 LAYOUTS = ((8, 1), (64, 8), (64, 1), (256, 32), (256, 1), (1024, 128), (1024, 1))
 """Devices, and copies of the weights over them."""
+NESTED = (
+    ("wan", "t2v-14b", (81, 480, 832)),
+    ("hunyuan_video15", "480p-t2v", (49, 480, 832)),
+    ("flux", "dev", (1, 1024, 1024)),
+    ("qwen_image", "base", (1, 1024, 1024)),
+    ("sd3", "sd3.5-large", (1, 1024, 1024)),
+    ("z_image", "base", (1, 1024, 1024)),
+)
+"""Models, with frames, height and width."""
 PARALLEL_TABLE = ("devices", "plan", "memory", "computes", "waits", "step", "samples a second", "of the ideal")
 
 
@@ -48,6 +59,27 @@ def held(ranks: int, only: str) -> bool:
         (low, where_low), (high, where_high) = min(ratios), max(ratios)
         print(f"{plan:16} {len(ratios):3} cases  {low:.3f} ({where_low}) to {high:.3f} ({where_high})", flush=True)
     return all(abs(ratio - 1) <= LIMIT for ratios in by_plan.values() for ratio, _ in ratios)
+
+
+def nested() -> None:
+    """Print what nested checkpointing takes of a block, and adds to a step."""
+    from kinema.config.schema import Config
+    from kinema.data.buckets import Bucket
+    from kinema.families.registry import open_family
+    from kinema.training.dry_step import DryNetworks
+
+    for family, variant, bucket in NESTED:
+        model = {"family": family, "variant": variant, "random_weights": True}
+        config = Config.model_validate(
+            {"model": model, "data": {"sources": [{"path": "."}]}, "adapter": {"rank": 16}, "training": {"steps": 1}}
+        )
+        networks = DryNetworks(config, open_family(config.model), "bf16")
+        (once, plain), (parts, more) = (
+            (max(segment.peak for segment in one.backward), one.flops)
+            for one in (networks.run(Bucket(*bucket), 1, True), networks.run(Bucket(*bucket), 1, "nested"))
+        )
+        size = "x".join(map(str, bucket))
+        print(f"{family} {variant} {size}: {once / 1e9:.2f} -> {parts / 1e9:.2f} GB, computing x {more / plain:.2f}")
 
 
 def scaling() -> None:
@@ -88,10 +120,13 @@ def main() -> None:
     parser.add_argument("--held", type=int, choices=(1, 2, 4))
     parser.add_argument("--only", default="", help="networks whose name has this in it")
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--nested", action="store_true")
     options = parser.parse_args()
-    everything = options.held is None and not options.scaling
+    everything = options.held is None and not options.scaling and not options.nested
     if options.scaling or everything:
         scaling()
+    if options.nested or everything:
+        nested()
     within = [held(ranks, options.only) for ranks in (1, 2, 4) if everything or ranks == options.held]
     if not all(within):
         raise SystemExit(f"a forecast is more than {LIMIT:.0%} off")
