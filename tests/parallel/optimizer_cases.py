@@ -1,6 +1,6 @@
 """Optimisers over weights that FSDP2 shards, with gradients that are given: what one process must come to as well.
 
-Run by torchrun: ``torchrun --nproc-per-node 2 optimizer_cases.py DIRECTORY CASE...``. After four steps, a checkpoint;
+`main` runs them on several processes. After four steps, a checkpoint;
 the result is the weights after eight.
 """
 
@@ -90,5 +90,5 @@ def train(world: World, case: str, root: Path) -> dict[str, Tensor]:
     return whole(net)
 
 
-if __name__ == "__main__":
-    run_cases(lambda case, count: Sizes(dp_shard=count), train)
+def main(root: Path, cases: list[str]) -> None:
+    run_cases(root, cases, lambda case, count: Sizes(dp_shard=count), train)

@@ -1,7 +1,7 @@
 """Trainings that must not depend on how many processes run them, each a function of a World.
 
-Run by torchrun it goes through all of them and leaves each result of rank 0 in a directory; the tests run the same
-functions in one process and compare: ``torchrun --nproc-per-node 2 parallel_cases.py DIRECTORY``.
+`main` goes through all of them on several processes and leaves each result of rank 0 in a directory; the tests run the
+same functions in one process and compare.
 """
 
 from __future__ import annotations
@@ -379,7 +379,6 @@ FAILURES: list[Case] = [not_finite, disk_full_on_one]
 
 def main(directory: Path, plans: list[str]) -> None:
     """``plans``: "replicate x shard" pairs such as 1x2, run one after the other on the same ranks."""
-    torch.set_num_threads(1)
     started = start(ParallelConfig(), "cpu")
     for plan in plans:
         replicas, shards = map(int, plan.split("x"))
@@ -389,7 +388,3 @@ def main(directory: Path, plans: list[str]) -> None:
             if world.is_main:
                 torch.save(result, directory / f"{plan}-{case.__name__}.pt")
     stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,8 +1,7 @@
 """Trainings through a pipeline that must give what one process gives, each a function of a World.
 
-The test writes tiny models with encoded samples into a directory (`write_model`); torchrun runs the cases named on the
-command line on one set of processes, and rank 0 leaves each result there:
-``torchrun --nproc-per-node 2 pipeline_cases.py DIRECTORY CASE...`` with cases as `Plan.name` writes them.
+The test writes tiny models with encoded samples into a directory (`write_model`); `main` runs cases, named
+as `Plan.name` writes them, one after the other on several processes, and rank 0 leaves each result there.
 """
 
 from __future__ import annotations
@@ -240,5 +239,8 @@ def whole(world: World, tensors: Mapping[str, Tensor], networks: Mapping[str, An
     return together
 
 
-if __name__ == "__main__":
-    run_cases(lambda name, _: Plan.of(name).mesh(), lambda world, name, root: train(world, Plan.of(name), root))
+def main(root: Path, names: list[str]) -> None:
+    def run(world: World, name: str, root: Path) -> Result:
+        return train(world, Plan.of(name), root)
+
+    run_cases(root, names, lambda name, _: Plan.of(name).mesh(), run)

@@ -1,14 +1,13 @@
 """Steps of small trainings whose memory and traffic are counted, for the forecast to be held against.
 
-Alone, `measured` counts the bytes of tensors that are alive in one process. Run by torchrun, cases run one after the
-other: ``torchrun --nproc-per-node 2 plan_cases.py DIRECTORY CASE...``.
+Alone, `measured` counts the bytes of tensors that are alive in one process. `main` runs cases one after the
+other on several.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -307,7 +306,6 @@ def cases_of(small: Small, ranks: int) -> list[str]:
 
 def main(root: Path, cases: list[str]) -> None:
     """``cases``: such as "wan-t2v-1.3b/lora/sp"."""
-    torch.set_num_threads(1)
     started = start(ParallelConfig(), "cpu")
     worlds: dict[Sizes, World] = {}
     found: dict[str, Any] = {}
@@ -324,7 +322,3 @@ def main(root: Path, cases: list[str]) -> None:
         if started.is_main:
             (root / "measured.json").write_text(json.dumps(found))
     stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -33,6 +33,6 @@ def counted(world: World, name: str, root: Path) -> Any:
         dist.all_reduce = inner
 
 
-if __name__ == "__main__":
+def main(root: Path, cases: list[str]) -> None:
     pipeline_cases.SAMPLES = SAMPLES
-    run_cases(lambda name, _: Plan.of(name).mesh(), counted)
+    run_cases(root, cases, lambda name, _: Plan.of(name).mesh(), counted)

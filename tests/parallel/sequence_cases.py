@@ -2,9 +2,8 @@
 
 Trainings are `pipeline_cases.Plan`s through the real loop. Beside them, in float64: the prediction and every gradient
 of a family's tiny network (``exact:MODEL``), and attention by itself; kinds that begin with ``ring`` are the same with
-attention round a ring. ``torchrun --nproc-per-node 2 sequence_cases.py
-DIRECTORY CASE...`` runs them one after the other on the same processes, which all share the sequence unless a plan says
-otherwise, and leaves rank 0's results there; the tests run the same functions in one process.
+attention round a ring. `main` runs them one after the other on several processes, which all share the sequence unless a
+plan says otherwise, and rank 0 leaves each result in the directory; the tests run the same functions in one process.
 """
 
 from __future__ import annotations
@@ -330,5 +329,5 @@ def sizes_of(case: str, processes: int) -> Sizes:
     return Sizes(sp=processes) if case.partition(":")[0] in CASES else Plan.of(case).mesh()
 
 
-if __name__ == "__main__":
-    run_cases(sizes_of, run)
+def main(root: Path, cases: list[str]) -> None:
+    run_cases(root, cases, sizes_of, run)

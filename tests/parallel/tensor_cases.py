@@ -1,8 +1,8 @@
 """Tensor parallel trainings that must give what one process gives.
 
 Two kinds: tiny models of families through the real loop (`pipeline_cases.Plan` says which), and networks in float64
-whose every gradient is compared. ``torchrun --nproc-per-node 2 tensor_cases.py DIRECTORY CASE...`` runs them one after
-the other on the same processes and leaves rank 0's results there; the tests run the same functions in one process.
+whose every gradient is compared. `main` runs them one after the other on the same processes, and rank 0 leaves each
+result in the directory; the tests run the same functions in one process.
 """
 
 from __future__ import annotations
@@ -348,8 +348,11 @@ def run(world: World, case: str, root: Path) -> Result:
     return train(world, dataclasses.replace(Plan.of(case), sizes=sizes), root)
 
 
-if __name__ == "__main__":  # cases, each as ``SIZES:CASE``
+def main(root: Path, cases: list[str]) -> None:
+    """``cases``: each as ``SIZES:CASE``."""
     run_cases(
+        root,
+        cases,
         lambda one, _: sizes_of(one.partition(":")[0]),
         lambda world, one, root: run(world, one.partition(":")[2], root),
     )

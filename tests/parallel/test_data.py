@@ -9,7 +9,7 @@ from typing import Any
 import parallel_cases
 import pytest
 import torch
-from ranks import torchrun
+from ranks import on_ranks
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
@@ -48,9 +48,9 @@ def write_single(world: World, directory: Path) -> None:
 
 
 def launch(world: World, directory: Path, ranks: int, plans: list[str]) -> Path:
-    """Run all cases under torchrun; results are files in the directory."""
+    """Run all cases on several processes; results are files in the directory."""
     write_single(world, directory)
-    torchrun(parallel_cases.__file__, directory, ranks, plans)
+    on_ranks(ranks, parallel_cases.main, directory, plans)
     return directory
 
 

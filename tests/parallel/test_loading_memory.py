@@ -4,12 +4,14 @@ its share is of; and the weights are those of one process."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import memory_cases
 import pytest
-from ranks import torchrun
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -27,8 +29,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(root: Path, *cases: str) -> dict[str, list[dict[str, Any]]]:
     """What each rank found in each case."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # What is freed goes back at once: what is measured is what is held.
-    torchrun(memory_cases.__file__, root, 2, cases, MALLOC_MMAP_THRESHOLD_="65536")
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [*command, memory_cases.__file__, str(root), *cases],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return {case: json.loads((root / f"{case}.json").read_text()) for case in cases}
 
 

@@ -8,7 +8,7 @@ import optimizer_cases
 import pytest
 import torch
 from optimizer_cases import CASES, HALF, STEPS, network, optimizers_over, resumed, steps, train, whole
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 
 from kinema.config.schema import ParallelConfig
 from kinema.parallel.mesh import Sizes, start
@@ -21,7 +21,7 @@ TO_ROUNDING = {"automagic": 1e-6}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sharded optimisers")
-    torchrun(optimizer_cases.__file__, root, 2, CASES)
+    on_ranks(2, optimizer_cases.main, root, CASES)
     return root
 
 

@@ -12,7 +12,7 @@ import pipeline_cases
 import pytest
 import torch
 from pipeline_cases import ALL, Plan, Result
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 from safetensors.torch import load_file
 from torch import nn
 from zoo import config_of, family_of
@@ -230,10 +230,10 @@ def test_deferred_gradients() -> None:
 
 
 def launch(root: Path, ranks: int, plans: list[Plan]) -> None:
-    """Run the cases under torchrun; results are files in the directory."""
+    """Run the cases on several processes; results are files in the directory."""
     for plan in plans:
         pipeline_cases.write_model(plan.model, root)
-    torchrun(pipeline_cases.__file__, root, ranks, (plan.name for plan in plans))
+    on_ranks(ranks, pipeline_cases.main, root, (plan.name for plan in plans))
 
 
 _ALONE: dict[Plan, tuple[Path, Result]] = {}

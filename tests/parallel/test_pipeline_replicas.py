@@ -11,7 +11,7 @@ import pytest
 import replica_cases
 import torch
 from pipeline_cases import Plan
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -77,7 +77,7 @@ def test_eight_ranks_as_one_whatever_the_number_of_micro_batches(
         Plan(model, sizes, steps=2, settings=(one, ("zero", 1))),
     ]
     pipeline_cases.write_model(model, tmp_path)
-    torchrun(replica_cases.__file__, tmp_path, 8, (plan.name for plan in plans))
+    on_ranks(8, replica_cases.main, tmp_path, (plan.name for plan in plans))
     results = [result_of(tmp_path, plan.name) for plan in plans]
     whole, in_two, in_stages, at_once = (result["reduced"] for result in results)
     assert at_once == whole > 0

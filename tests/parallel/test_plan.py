@@ -11,7 +11,7 @@ import plan_cases
 import pytest
 import torch
 from plan_cases import KINDS, PLANS, SMALL, Small, cases_of, config_of, expected, measured, write
-from ranks import torchrun
+from ranks import on_ranks
 from typer.testing import CliRunner
 
 from kinema.cli import app
@@ -73,7 +73,7 @@ def _on_ranks(ranks: int, cases: list[str], root: Path) -> dict[str, Any]:
     for small in SMALL:
         if any(case.startswith(small.id) for case in cases):
             write(small, root)
-    torchrun(plan_cases.__file__, root, ranks, cases)
+    on_ranks(ranks, plan_cases.main, root, cases)
     found: dict[str, Any] = json.loads((root / "measured.json").read_text())
     return found
 

@@ -13,7 +13,7 @@ import pytest
 import sequence_cases
 import torch
 from pipeline_cases import ALL, Plan, config_of, configured, family_of, write_model
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 from torch import Tensor
 
 from kinema.config.schema import ModelConfig
@@ -69,10 +69,10 @@ def models(cases: list[str]) -> set[str]:
 
 
 def launch(root: Path, ranks: int, cases: list[str]) -> Callable[[str], dict[str, Any]]:
-    """Run cases under torchrun; a function that gives their results."""
+    """Run cases on several processes; a function that gives their results."""
     for name in sorted(models(cases)):
         write_model(name, root)
-    torchrun(sequence_cases.__file__, root, ranks, cases)
+    on_ranks(ranks, sequence_cases.main, root, cases)
     return lambda case: result_of(root, case)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensor_cases
 import torch
 from pipeline_cases import Plan
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 from torch import Tensor
 
 from kinema.config.schema import Config
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Results:
-    """What one process gives, and what torchrun's processes give, by case."""
+    """What one process gives, and what several give, by case."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,11 +62,11 @@ class Results:
         return self.known[case]
 
     def launch(self, ranks: int, cases: list[str]) -> None:
-        """Run cases (``SIZES:CASE``) under torchrun, after those of one process that they go on from."""
+        """Run cases (``SIZES:CASE``) on several processes, after those of one process that they go on from."""
         for case in cases:
             if "states" in case:
                 self.alone(case.partition(":")[2])
-        torchrun(tensor_cases.__file__, self.root, ranks, cases)
+        on_ranks(ranks, tensor_cases.main, self.root, cases)
 
     def shared(self, case: str) -> dict[str, Any]:
         return result_of(self.root, case)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zero_cases
 from pipeline_cases import ALL, Plan, Result, configured, share, trainer_of, write_model
-from ranks import result_of, torchrun
+from ranks import on_ranks, result_of
 from torch import Tensor, nn
 
 from kinema.config.schema import ModelConfig, ParallelConfig
@@ -53,7 +53,7 @@ def one_thread() -> Any:
 def launch(root: Path, ranks: int, plans: list[Plan]) -> dict[str, Result]:
     for plan in plans:
         write_model(plan.model, root)
-    torchrun(zero_cases.__file__, root, ranks, (plan.name for plan in plans))
+    on_ranks(ranks, zero_cases.main, root, (plan.name for plan in plans))
     return {plan.name: result_of(root, plan.name) for plan in plans}
 
 

@@ -1,7 +1,7 @@
 """Sharded trainings at every level that must give what one process gives, and what they send and leave gathered.
 
-Cases and models are those of `pipeline_cases`. Run by torchrun, rank 0 leaves the result of each there:
-``torchrun --nproc-per-node 2 zero_cases.py DIRECTORY CASE...``. The key ``as_stored`` in a case gathers everything in
+Cases and models are those of `pipeline_cases`. `main` runs them on several processes, of which rank 0 leaves
+each result in the directory. The key ``as_stored`` in a case gathers everything in
 the type that it is stored in.
 """
 
@@ -155,5 +155,8 @@ def train(world: World, plan: Plan, root: Path) -> Result:
     }
 
 
-if __name__ == "__main__":
-    run_cases(lambda name, _: Plan.of(name).mesh(), lambda world, name, root: train(world, Plan.of(name), root))
+def main(root: Path, cases: list[str]) -> None:
+    def run(world: World, name: str, root: Path) -> Result:
+        return train(world, Plan.of(name), root)
+
+    run_cases(root, cases, lambda name, _: Plan.of(name).mesh(), run)
