@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.tensors import undo_fp8_scaling
+from kinema.networks.mapped import leaving_weights_mapped, settle, tensors
+from kinema.networks.unmade import made
 
 
 def stored(scale: Tensor, ending: str = ".scale_weight") -> tuple[dict[str, Tensor], Tensor]:
@@ -37,7 +40,8 @@ def test_every_weight_has_its_scale(ending: str, shape: tuple[int, ...]) -> None
             expected[i, j] = numbers[i, j].float() * scale[at]
     got = undo_fp8_scaling(state, torch.float32)
     assert got.keys() == {"a.to_q.weight", "a.norm.weight"}
-    torch.testing.assert_close(got["a.to_q.weight"], expected, rtol=0, atol=0)
+    assert got["a.to_q.weight"].is_meta, "no more of a file than a tensor is there in wider types"
+    torch.testing.assert_close(made(got["a.to_q.weight"]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["a.weight_scale_2", "a.weight.quant_state.bitsandbytes__nf4", "a.qweight"])
@@ -90,3 +94,39 @@ def test_a_network_keeps_the_numbers_of_its_file(tmp_path: Path) -> None:
         torch.testing.assert_close(layer.weight, value, rtol=1e-6, atol=0)
     assert not any(isinstance(one, QuantizedLinear) for one in network(root, "nf4", "meta").modules())
     assert any(isinstance(one, QuantizedLinear) for one in network(root, "nf4", random_weights=True).modules())
+
+
+def test_fused_layers_wait_in_their_file(tmp_path: Path) -> None:
+    """ComfyUI's file of a Flux: layers that the original keeps as one are scaled float8, and so is a modulation whose
+    halves are swapped; with one scale each, the parts have it. Loaded at once and left waiting, they are the same."""
+    from safetensors.torch import save_file
+
+    from kinema.families.flux import Flux
+
+    root = Flux.tiny(tmp_path / "tiny", "dev", seed=1)
+    table: dict[str, Any] = {"family": "flux", "variant": "dev", "path": str(root), "network": {"dtype": "fp32"}}
+    plain = Flux(ModelConfig.model_validate(table))
+    network = plain.load("network", "cpu", torch.float32)
+    state, expected = {}, {}
+    for name, value in plain.layout("network").to_original(dict(network.state_dict())).items():
+        state[name] = expected[name] = value.contiguous()
+        if re.search(r"qkv\.weight|linear1\.weight|final_layer\.adaLN_modulation\.1\.weight", name):
+            scale = value.abs().max() / 448
+            state[name] = (value / scale).to(torch.float8_e4m3fn)
+            state[name.removesuffix(".weight") + ".scale_weight"] = scale
+            expected[name] = state[name].float() * scale
+    blocks = 2 * len(network.transformer_blocks) + len(network.single_transformer_blocks)
+    assert len(state) - len(expected) == blocks + 1
+    save_file(state, tmp_path / "flux_fp8_scaled.safetensors")
+    table["network"] = {"path": str(tmp_path / "flux_fp8_scaled.safetensors"), "dtype": "fp32"}
+    family = Flux(ModelConfig.model_validate(table))
+    want = plain.layout("network").from_original(expected)
+    at_once = family.load("network", "cpu", torch.float32)
+    with leaving_weights_mapped():
+        waiting = family.load("network", "cpu", torch.float32)
+    assert all(parameter.isnan().all() for parameter in waiting.parameters())
+    for found in (at_once.state_dict(), dict(tensors(waiting))):
+        assert found.keys() == want.keys()
+        assert all(torch.equal(value, want[name]) for name, value in found.items())
+    settle(waiting)
+    assert all(torch.equal(value, want[name]) for name, value in waiting.state_dict().items())

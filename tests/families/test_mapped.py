@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from kinema.config.schema import ModelConfig
 from kinema.families.registry import family_class, open_family
+from kinema.networks import quantized
 from kinema.networks.mapped import leaving_weights_mapped, may_wait, settle, taken, tensors, value
 
 
@@ -58,6 +61,27 @@ def test_one_module_or_one_tensor_at_a_time(directory):
     layer.weight = torch.nn.Parameter(taken(layer, "weight") * 2)
     settle(module)
     assert torch.equal(layer.weight, theirs.weight * 2) and torch.equal(layer.bias, theirs.bias)
+
+
+def test_one_layer_is_there_at_a_time(directory, monkeypatch):
+    """While a base is rounded: the layers before are gone, those to come wait in their file."""
+    layers = weakref.WeakSet()
+    encode = quantized.encode
+    there: list[int] = []
+
+    def counting(weight, kind):
+        there.append(sum(layer.weight.untyped_storage().nbytes() >= layer.weight.nbytes for layer in layers))
+        return encode(weight, kind)
+
+    def settled(module):
+        layers.add(module)
+        settle(module)
+
+    monkeypatch.setattr(quantized, "settle", settled)
+    monkeypatch.setattr(quantized, "encode", counting)
+    open_family(ModelConfig(family="wan", path=str(directory), network={"dtype": "fp8"})).load("network", "cpu", None)
+    assert len(there) > 20 and set(there) == {1}
+    assert not layers
 
 
 def test_a_base_in_float8_is_rounded_from_what_waits(directory):

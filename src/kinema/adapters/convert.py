@@ -56,6 +56,8 @@ def convert(
         return _convert_adapter(path, out, to, *found, kind)
     if base is not None:
         raise UserError(f"--base belongs to an adapter, and {source} is none.")
+    from kinema.networks.unmade import made
+
     model = open_model(source, family, variant, part)
     weights = model.weights()
     write_checkpoint(
@@ -63,7 +65,7 @@ def convert(
         to,
         model,
         weights,
-        lambda names: {name: weights[name] for name in names},
+        lambda names: {name: made(weights[name]) for name in names},
         metadata={"modelspec.architecture": model.name},
         dtype=kind,
         shard_bytes=round(shard_gb * 1e9),

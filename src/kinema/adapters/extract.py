@@ -61,6 +61,8 @@ def extract(
     """
     import torch
 
+    from kinema.networks.unmade import made
+
     if rank is None and energy is None:
         raise UserError("How much to keep? Give --rank N, --energy SHARE (such as 0.95), or both.")
     first = open_model(base, family, variant, part)
@@ -71,7 +73,7 @@ def extract(
     found = Extraction()
     for name, old in before.items():
         layer, _, ending = name.rpartition(".")
-        delta = after[name].to(device, torch.float32) - old.to(device, torch.float32)
+        delta = made(after[name]).to(device, torch.float32) - made(old).to(device, torch.float32)
         size = float(delta.square().sum(dtype=torch.float64))
         if ending == "weight" and layer in chosen:
             if size == 0:

@@ -90,10 +90,12 @@ def _merged(
     names: Sequence[str], weights: dict[str, Tensor], folded: Sequence[Folded], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """These tensors with every adapter folded in: in fp32 until all have been, then in their type."""
+    from kinema.networks.unmade import made
+
     exact: dict[str, Tensor] = {}
 
     def now(name: str) -> Tensor:
-        value = exact.get(name, weights[name])
+        value = exact[name] if name in exact else made(weights[name])
         return value.to(exact_type(value.dtype))
 
     for one in folded:
@@ -106,4 +108,4 @@ def _merged(
         for name in one.shifts.keys() & set(names):
             exact[name] = now(name) + one.factor * one.shifts[name]
     typed = {name: value.to(dtype or weights[name].dtype) for name, value in exact.items()}
-    return {name: typed.get(name, weights[name]) for name in names}
+    return {name: typed[name] if name in typed else made(weights[name]) for name in names}

@@ -104,8 +104,8 @@ class Model:
         return f"{self.family.name}/{self.family.variant.name}"
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors under diffusers' names, mapped from the files: nothing is read before it is used. (Files of
-        scaled float8 are converted at once, to bf16.)"""
+        """All tensors under diffusers' names, mapped from the files: nothing is read before it is used. Those of scaled
+        float8 are not made yet (`networks.unmade`), in bf16."""
         import torch
 
         from kinema.families.tensors import read_tensors, undo_fp8_scaling

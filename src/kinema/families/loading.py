@@ -304,11 +304,8 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
     assert source.found is not None
     module = build(source.spec, source.config, empty=True)
     waits = may_wait() and torch.device(device).type == "cpu"
-    in_files, makers = _stored(source.found, source.spec, device, waits)
+    in_files = _stored(source.found, source.spec, device, waits)
     tensors = source.spec.to_ours(undo_fp8_scaling(in_files, dtype or torch.bfloat16))
-    if waits and any(value.is_meta and id(value) not in makers for value in tensors.values()):
-        in_files, makers = _stored(source.found, source.spec, device, waits=False)  # they are converted: read them
-        tensors = source.spec.to_ours(in_files)
     tied = _tied(module)
     wanted = {key: value for key, value in module.state_dict().items() if key not in tied}
     ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -323,7 +320,7 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
     for key, value in state.items():
         kept = dtype is not None and bool(exact & set(key.split(".")))
         kind = torch.float32 if kept else dtype or value.dtype
-        copied = partial(_copied, makers.get(id(value), value), device, kind)
+        copied = partial(_copied, value, device, kind)
         if waits:
             waiting[key] = copied
         state[key] = placeholder(value.shape, kind) if waits else copied()
@@ -334,22 +331,24 @@ def load_weights(source: Source, device: str | torch.device, dtype: torch.dtype 
     return module.to(device).eval().requires_grad_(False)
 
 
-def _stored(
-    found: Found, spec: PartSpec, device: str | torch.device, waits: bool
-) -> tuple[dict[str, Tensor], Mapping[int, Callable[[], Tensor]]]:
-    """The tensors of a part as its files have them, and what makes those that are not read yet, by ``id``."""
+def _stored(found: Found, spec: PartSpec, device: str | torch.device, waits: bool) -> dict[str, Tensor]:
+    """The tensors of a part as its files have them."""
     if not found.in_checkpoint:
-        return read_tensors(found.files, spec.inside), {}
+        return read_tensors(found.files, spec.inside)
     if not waits:
-        return read_checkpoint(found.place, found.in_checkpoint, device), {}
+        return read_checkpoint(found.place, found.in_checkpoint, device)
+    from kinema.networks.unmade import Unmade
     from kinema.runs.trained import leave_trained
 
-    return leave_trained(found.place, found.in_checkpoint)
+    whole, in_pieces = leave_trained(found.place, found.in_checkpoint)
+    return whole | {name: Unmade.of(*one) for name, one in in_pieces.items()}
 
 
-def _copied(value: Tensor | Callable[[], Tensor], device: str | torch.device, dtype: torch.dtype) -> Tensor:
+def _copied(value: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
     """A stored tensor in memory of its own."""
-    return value().to(device, dtype) if callable(value) else value.to(device, dtype, copy=True)
+    from kinema.networks.unmade import made
+
+    return made(value).to(device, dtype, copy=True)
 
 
 def _tied(module: nn.Module) -> set[str]:

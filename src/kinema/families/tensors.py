@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -163,7 +164,8 @@ def _advice(file: Path) -> str:
 
 
 def undo_fp8_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Scaled float8 files: each weight times its scale, in ``dtype``; other files unchanged.
+    """Scaled float8 files: each weight times its scale, in ``dtype``, not made yet (`networks.unmade`); other files
+    unchanged.
 
     Scales are for the matrix, for each row, for blocks of a row ([out, blocks, 1], musubi-tuner) or for tiles ([rows of
     tiles, columns of tiles], DeepSeek). UserError for files in formats that pack weights.
@@ -180,15 +182,21 @@ def undo_fp8_scaling(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
                 scales[name.removesuffix(ending) + ".weight"] = value
     if not scales:
         return dict(state)
-    result = {}
+    from kinema.networks.unmade import Unmade
+
+    result: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith((*_FP8_SCALES, *_FP8_EXTRAS)):
             continue
         if name in scales:
-            result[name] = (value.float() * _for_each(scales[name].float(), value)).to(dtype)
+            result[name] = Unmade.of(partial(_rescaled, value, scales[name], dtype), value.shape, dtype)
         else:
             result[name] = value
     return result
+
+
+def _rescaled(value: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (value.float() * _for_each(scale.float(), value)).to(dtype)
 
 
 def _for_each(scale: Tensor, value: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ LEVELS = (
 _SENSITIVE = re.compile(r"norm|(^|_)mod$|modulat|adaln|emb", re.IGNORECASE)
 _TOPS = tuple(float(top) for top in (448, 416, 384, 352, 320, 288, 256, 240))
 """The largest number of a row may be any of these in e4m3, up to a power of 2."""
+_ROUNDED = 2**-6
+"""More than bfloat16 can have changed a number of e4m3, relatively, and less than lies between two."""
+_COLUMNS = 128
 
 
 class QuantizedLinear(nn.Linear):
@@ -174,12 +177,12 @@ def _is_float8(weight: Tensor) -> bool:
     the matrix has a scale of its own. (They may have been rounded to bfloat16 since.)"""
     rows = weight[:: max(1, len(weight) // 8)]
     rows = rows[rows.abs().amax(1) > 0]
-    return len(rows) > 0 and bool((_errors(rows).amin(0) < 2**-6).all())
+    return len(rows) > 0 and bool((_errors(rows, _largest(rows, rows.shape[1])).amin(0) < _ROUNDED).all())
 
 
-def _errors(weight: Tensor) -> Tensor:
+def _errors(weight: Tensor, largest: Tensor) -> Tensor:
     """The largest relative error of each row for each of `_TOPS`, [tops, out]."""
-    largest, found = _largest(weight, weight.shape[1]), []
+    found = []
     for top in _TOPS:
         scale = largest / top
         rounded = (weight / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).float() * scale
@@ -190,8 +193,12 @@ def _errors(weight: Tensor) -> Tensor:
 def _kept_scales(weight: Tensor) -> Tensor:
     """The scale of each row with which its weights are numbers of e4m3, [out, 1]: one that the largest weight suggests,
     fitted to all of them by least squares, which evens out what bfloat16 has rounded."""
-    tops = torch.tensor(_TOPS, device=weight.device)[_errors(weight).argmin(0)]
-    scale = _largest(weight, weight.shape[1]) / tops[:, None]
+    largest = _largest(weight, weight.shape[1])
+    errors = _errors(weight[:, :: max(1, weight.shape[1] // _COLUMNS)], largest)  # of so many, one top alone fits all
+    unclear = (errors < _ROUNDED).sum(0) != 1
+    if unclear.any():
+        errors[:, unclear] = _errors(weight[unclear], largest[unclear])
+    scale = largest / torch.tensor(_TOPS, device=weight.device)[errors.argmin(0)][:, None]
     numbers = (weight / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).float()
     norms = numbers.square().sum(1, keepdim=True)
     return torch.where(norms > 0, (weight * numbers).sum(1, keepdim=True) / norms, scale)
@@ -207,9 +214,10 @@ def chosen(
     one of the words ``keep`` in their path."""
     words = set(keep)
     for root in roots:
-        for name, parent in list(root.named_modules()):
-            for child, layer in list(parent.named_children()):
-                path = f"{name}.{child}".split(".")
+        # By name: a list of the layers would keep them all while one after the other is replaced.
+        for name, parent in [found for found in root.named_modules() if found[1]._modules]:
+            for child in list(parent._modules):
+                layer, path = parent._modules[child], f"{name}.{child}".split(".")
                 if type(layer) is nn.Linear and not words & set(path):
                     yield parent, child, layer, "int8_block" if is_sensitive(*path, type(parent).__name__) else kind
 
@@ -232,7 +240,8 @@ def quantize(roots: Iterable[nn.Module], kind: Kind, keep: Iterable[str] = ()) -
 
 def restore(root: nn.Module) -> None:
     """Ordinary layers again, in place, with the rounded weights."""
-    for parent in list(root.modules()):
-        for child, layer in list(parent.named_children()):
+    for parent in [module for module in root.modules() if module._modules]:
+        for child in list(parent._modules):
+            layer = parent._modules[child]
             if isinstance(layer, QuantizedLinear):
                 setattr(parent, child, layer.plain())

@@ -110,13 +110,16 @@ def read_trained(checkpoint: Path, part: str, device: str | torch.device = "cpu"
     return {ours: tensors[theirs] for ours, theirs in names.items()}
 
 
-def leave_trained(checkpoint: Path, part: str) -> tuple[dict[str, torch.Tensor], dict[int, Callable[[], torch.Tensor]]]:
-    """As `read_trained`, reading nothing: a tensor in several pieces is on the meta device, and its ``id`` leads to
-    what puts it together."""
+InPieces = tuple[Callable[[], torch.Tensor], tuple[int, ...], torch.dtype]
+"""What puts a tensor together, its shape and its type."""
+
+
+def leave_trained(checkpoint: Path, part: str) -> tuple[dict[str, torch.Tensor], dict[str, InPieces]]:
+    """As `read_trained`, reading nothing: tensors in one piece, and those in several."""
     stored, names = contents(checkpoint), trained_names(checkpoint, part)
-    found = mapped(checkpoint, names.values())
-    makers = {}
-    for name, make in in_pieces(checkpoint, [one for one in names.values() if one not in found]).items():
-        found[name] = torch.empty(stored[name][0], dtype=stored[name][1], device="meta")
-        makers[id(found[name])] = make
-    return {ours: found[theirs] for ours, theirs in names.items()}, makers
+    whole = mapped(checkpoint, names.values())
+    pieces = in_pieces(checkpoint, [one for one in names.values() if one not in whole])
+    return (
+        {ours: whole[theirs] for ours, theirs in names.items() if theirs in whole},
+        {ours: (pieces[theirs], *stored[theirs]) for ours, theirs in names.items() if theirs in pieces},
+    )
