@@ -6,8 +6,9 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -49,17 +50,23 @@ def main() -> None:
     try:
         app(args=argv, prog_name="kinema")
     except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        if debug or error.errno not in DISK_ERRORS:
-            raise
-        _say(UserError(DISK_ADVICE.format(where=error.filename or "the disk", reason=error.strerror)))
-        sys.exit(2)
+        _leave(130)
     except Exception as error:
-        if debug or not (isinstance(error, UserError) or type(error).__module__.startswith("pydantic")):
-            raise
+        of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        of_user = isinstance(error, UserError) or type(error).__module__.startswith("pydantic")
+        if debug or not (of_disk or of_user):
+            traceback.print_exc()
+            _leave(1)
+        if isinstance(error, OSError):
+            error = UserError(DISK_ADVICE.format(where=error.filename or "the disk", reason=error.strerror))
         _say(error)
-        sys.exit(2)
+        _leave(2)
+
+
+def _leave(code: int) -> NoReturn:
+    from kinema.parallel.mesh import leave
+
+    leave(code)
 
 
 def _say(error: Exception) -> None:

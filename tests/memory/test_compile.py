@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from kinema.config.schema import Config, ModelConfig
 from kinema.families.registry import open_family
 from kinema.families.wan import Wan
-from kinema.memory.compile import PAYS_FROM, compile_blocks, settled
+from kinema.memory.compile import PAYS_FROM, compile_blocks, settled, telling_when
 
 
 @pytest.mark.slow
@@ -41,6 +41,37 @@ def test_inductor_gives_the_same_and_compiles_a_kind_once(tmp_path: Path) -> Non
     assert [n for n, _ in compiled.named_parameters()] == [n for n, _ in plain.named_parameters()]
     graphs = counters["stats"]["unique_graphs"]
     assert 1 <= graphs <= 2, f"{graphs} graphs for three equal blocks and two sizes"  # the second one is dynamic
+
+
+class Block(torch.nn.Module):
+    """torch's own modules are not compiled by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).sin()
+
+
+def test_what_compiles_is_told() -> None:
+    """Forward and, later, backward passes; nothing where it is compiled already, nor outside."""
+    told: list[bool] = []
+    layer = Block()
+    layer.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    with telling_when(told.append, wanted=True):
+        layer(torch.randn(2, 1, 4)).sum().backward()
+        count = len(told)
+        assert count >= 2 and told == [True, False] * (count // 2)
+        layer(torch.randn(2, 1, 4)).sum().backward()
+        assert len(told) == count
+    torch._dynamo.reset()
+    layer(torch.randn(2, 1, 4))
+    with telling_when(told.append, wanted=False):
+        torch._dynamo.reset()
+        layer(torch.randn(2, 1, 4))
+    assert len(told) == count
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How a run of two processes ends when one of them hangs or dies: by name, with an exit code that says try again."""
+"""How a run of two processes ends when one of them hangs, dies or fails: by name, with a code that says try again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
     root = tmp_path_factory.mktemp("watch")
-    cases = [f"{case}={_free_port()}" for case in ("hangs", "dies")]
+    cases = [f"{case}={_free_port()}" for case in ("hangs", "dies", "fails")]
     command = [sys.executable, watch_cases.__file__, str(root), *cases]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     codes = json.loads((root / "codes.json").read_text())
@@ -49,3 +49,11 @@ def test_one_that_dies_is_named_when_a_collective_fails(ends: dict[str, End]) ->
     assert (first, second) == (EXIT_CODE, 1)
     assert "kinema: process 0 ends with the run: process 1 (" in said
     assert "has been silent for " in said and "Traceback" not in said
+
+
+def test_one_that_fails_says_why_and_the_others_too(ends: dict[str, End]) -> None:
+    (first, said), (second, told) = ends["fails-0"], ends["fails-1"]
+    assert (first, second) == (EXIT_CODE, 2)
+    assert told == "the disk of this machine is full\n"
+    assert "kinema: process 0 ends with the run: process 1 (" in said
+    assert "has failed in 'step 1: forward': UserError: the disk of this machine is full" in said

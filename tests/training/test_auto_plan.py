@@ -83,7 +83,8 @@ def test_a_run_lays_itself_out_and_goes_on_so(world: Path) -> None:
     memory = f"{(shards + replicas) / 2e6:.3f}MB"
     flags = ["--memory.budget", memory, *(f"--parallel.{name}=1" for name in ("sp", "tp", "pp"))]
     said = finish(start_training(write_config(world, 3, AUTO), *flags, ranks=2))
-    assert "parallel.auto: dp_shard = 2" in said and "does not fit: dp_replicate = 2 would need" in said
+    assert "parallel.auto: dp_shard = 2" in said
+    assert "does not fit: dp_replicate = 2, micro_batch_size = 1 would need" in said
     recorded = load_config(world / "run" / "config.toml")
     assert recorded.parallel.dp_shard == 2 and not recorded.parallel.auto and recorded.memory.budget is None
 

@@ -283,7 +283,7 @@ class ParallelConfig(Section):
     """How many blocks each stage of the pipeline has, in their order; instead of `partition`."""
     hang_seconds: float | None = Field(default=None, gt=0)
     """A process that does not go on for so long ends the run, with its name and where it stands. Default: five times
-    the slowest step so far, at least 45; half an hour before the first step is done."""
+    the longest that any was at one place of a step so far, at least 45; half an hour before the first step is done."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> ParallelConfig:

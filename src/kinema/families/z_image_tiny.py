@@ -20,13 +20,13 @@ def write_tiny(directory: Path, shift: float, seed: int) -> Path:
         modules["text_encoder"] = qwen3(tokenizer, TEXT_DIM)
         modules["vae"] = autoencoder_kl()
         transformer = ZImageTransformer2DModel(
-            dim=32,
+            dim=48,
             n_layers=3,
             n_refiner_layers=2,
             n_heads=2,
             n_kv_heads=2,
             cap_feat_dim=TEXT_DIM,
-            axes_dims=[4, 6, 6],
+            axes_dims=[8, 8, 8],
             axes_lens=[1536, 64, 64],
         )
         for name in ("x_pad_token", "cap_pad_token"):  # zeros when made

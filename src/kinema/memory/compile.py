@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -38,6 +39,30 @@ def compile_blocks(blocks: Mapping[str, nn.ModuleList], backend: str = "inductor
     for group in blocks.values():
         for block in group:
             block.compile(backend=backend)
+
+
+@contextmanager
+def telling_when(compiles: Callable[[bool], None], wanted: bool) -> Iterator[None]:
+    """Inside, ``compiles(True)`` is called whenever torch begins to compile something and ``compiles(False)`` when that
+    is done, if it is ``wanted``."""
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.callback import callback_handler
+
+    def begins(*_: Any) -> None:
+        compiles(True)
+
+    def ends(*_: Any) -> None:
+        compiles(False)
+
+    callback_handler.register_start_callback(begins)
+    callback_handler.register_end_callback(ends)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(begins)
+        callback_handler.remove_end_callback(ends)
 
 
 def settled(config: Config, device: torch.device, earlier: bool | None) -> bool:

@@ -63,9 +63,12 @@ def shard(
         replicated = list(network.parameters())
         away = set(elsewhere)
         move(network, [p for p in replicated if p not in away], world.device)
+    if world.sizes.dp * world.sizes.sp == 1:
+        return
+    group = world.group("dp_replicate", "dp_shard", "sp")  # made by all together: by stages where nothing trains too
     trained = [p for p in replicated if p.requires_grad]
-    if trained and world.sizes.dp * world.sizes.sp > 1:
-        _reducers[network] = GradientReducer(trained, world.group("dp_replicate", "dp_shard", "sp"))
+    if trained:
+        _reducers[network] = GradientReducer(trained, group)
 
 
 @contextmanager

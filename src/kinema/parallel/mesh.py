@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import astuple, dataclass, fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
@@ -118,7 +119,9 @@ class World:
         assert self.mesh is not None, "one process has no mesh"
         if len(dimensions) == 1:
             return self.mesh[dimensions[0]]
-        return self.mesh[dimensions]._flatten("_".join(dimensions))
+        flat = self.mesh[dimensions]._flatten("_".join(dimensions))
+        _be_patient(flat)
+        return flat
 
     @property
     def is_main(self) -> bool:
@@ -228,15 +231,42 @@ def lay_out(world: World, sizes: Sizes) -> World:
     from torch.distributed.device_mesh import init_device_mesh
 
     names = tuple(field.name for field in fields(Sizes))
-    return replace(world, sizes=sizes, mesh=init_device_mesh(world.device.type, astuple(sizes), mesh_dim_names=names))
+    mesh = init_device_mesh(world.device.type, astuple(sizes), mesh_dim_names=names)
+    for name in names:
+        _be_patient(mesh[name])
+    return replace(world, sizes=sizes, mesh=mesh)
+
+
+def _be_patient(mesh: DeviceMesh) -> None:
+    """`TIMEOUT` for the group of a mesh of one dimension: torch gives those that it makes 10 to 30 minutes."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(TIMEOUT, mesh.get_group())
 
 
 def stop() -> None:
-    """Leave the other processes: the last call of a run that ended well."""
-    import torch.distributed as dist
+    """Leave the other processes: the last call of a run that ended well. After an error it would wait for them
+    (NCCL's communicators end together), who wait for this process: `leave` then."""
+    if _joined():
+        import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code after an error that was said: at once where it is one of several, as Python's
+    own end would wait for what the others are in the middle of."""
+    if _joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _joined() -> bool:
+    """Whether this process has joined others. (One that has never imported torch has not.)"""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def _device(name: str | None, local_rank: int, size: int) -> torch.device:

@@ -36,10 +36,13 @@ LOST_AFTER = 10.0
 """The same once a collective has failed: somebody is gone, and torchrun gives the others half a minute."""
 HEARD_WITHIN = 5.0
 """Seconds that the first process gives the others to hear that the run is over: the store may be in it."""
+FAILED_AFTER = 10.0
+"""Seconds after which a process that told of an error ends the others, if they have not come to the same error."""
 LEAST = 45.0
-"""Seconds that a process may always stay where it is; with five times the slowest step, where that is longer."""
+"""Seconds that a process may always stay where it is; with five times the slowest place, where that is longer."""
 FIRST = 1800.0
-"""The same before the first step is done: kernels are compiled, libraries look for their best algorithms."""
+"""The same before the first step is done: libraries look for their best algorithms. Where a process may stay as long as
+it likes, what is said of it after this time."""
 EXIT_CODE = 75
 """Of a process that ends for another's sake: worth another try (sysexits' EX_TEMPFAIL)."""
 _OVER = "over"
@@ -56,6 +59,8 @@ class Seen:
     phase: str = "start"
     count: int = -1
     patient: bool = False
+    error: str = ""
+    """What ended it, if it has told of an error."""
     alive: int = -1
     moved_at: float = 0.0
     """When it was first seen at this point."""
@@ -65,9 +70,9 @@ class Seen:
     def update(self, told: dict[str, Any], now: float) -> None:
         if told["alive"] != self.alive:
             self.alive, self.lived_at = told["alive"], now
-        if told["count"] != self.count:
+        if told["count"] != self.count or (self.patient and not told["patient"]) or told["error"] != self.error:
             self.count, self.moved_at = told["count"], now
-        self.where, self.phase, self.patient = told["where"], told["phase"], told["patient"]
+        self.where, self.phase, self.patient, self.error = (told[key] for key in ("where", "phase", "patient", "error"))
 
 
 def find_culprit(
@@ -79,12 +84,14 @@ def find_culprit(
     be told from the others.
     """
     for one in processes:
-        if now - one.lived_at > dead_after:
+        if one.error and now - one.moved_at > FAILED_AFTER:
+            return [], f"process {one.rank} ({one.where}) has failed in '{one.phase}': {one.error}"
+        if now - one.lived_at > dead_after and not one.error:
             return [one.rank], (
                 f"process {one.rank} ({one.where}) has been silent for {now - one.lived_at:.0f} s in '{one.phase}': it "
                 "was killed or stopped, or its machine cannot be reached."
             )
-    if any(one.patient for one in processes):
+    if any(one.patient or one.error for one in processes):
         return None
     least = min(one.count for one in processes)
     behind = [one for one in processes if one.count == least]
@@ -106,34 +113,46 @@ def find_culprit(
 class Watch:
     """Use it around the run: ``with Watch(world, seconds) as watch``; ``watch.at("step 12: forward")`` as work goes on.
 
-    ``seconds``: how long a process may stay where it is; None is five times the slowest step so far, at least `LEAST`.
+    ``seconds``: how long a process may stay where it is; None is five times the longest that it was anywhere inside the
+    steps so far, at least `LEAST`. Once there are others the first step, which looks for algorithms, does not count.
     One process needs none of it: nothing is started.
     """
 
     def __init__(self, world: World, seconds: float | None = None) -> None:
         self.world, self.seconds = world, seconds
         self._count, self._phase, self._patient, self._alive = 0, "start", True, 0
-        self._slowest, self._dead_after = 0.0, DEAD_AFTER
+        self._compiling, self._error = False, ""
+        self._since, self._longest, self._slowest, self._steps = time.monotonic(), 0.0, 0.0, 0
+        self._dead_after, self._noted = DEAD_AFTER, -1
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._processes = [Seen(rank) for rank in range(world.size)]
 
     def at(self, phase: str, patient: bool = False) -> None:
         """The main thread has come here. ``patient``: what follows may take as long as it likes."""
-        self._phase, self._patient = phase, patient
+        now = time.monotonic()
+        if not self._patient:
+            self._longest = max(self._longest, now - self._since)
+        self._phase, self._patient, self._since = phase, patient, now
         self._count += 1
 
-    def step_took(self, seconds: float) -> None:
+    def step_done(self) -> None:
         """A step is done. What comes between steps (a preview, a checkpoint) may take as long as it likes."""
-        self._slowest = max(self._slowest, seconds)
         self.at("between steps", patient=True)
+        self._steps += 1
+        self._slowest = self._longest if self._steps <= 2 else max(self._slowest, self._longest)
+        self._longest = 0.0
+
+    def compiles(self, begins: bool) -> None:
+        """torch compiles something (``begins``) or has done so: that may take as long as it likes, at any step."""
+        self._compiling, self._since = begins, time.monotonic()
 
     @property
     def limit(self) -> float:
         """Seconds that a process may stay at one point now."""
         if self.seconds is not None:
             return self.seconds
-        return max(LEAST, 5 * self._slowest) if self._slowest else FIRST
+        return max(LEAST, 5 * self._slowest) if self._steps else FIRST
 
     def __enter__(self) -> Watch:
         if self.world.size > 1:
@@ -154,6 +173,10 @@ class Watch:
             # The thread finds out who is gone, says so and ends this process.
             self._thread.join(timeout=LOST_AFTER + HEARD_WITHIN + 5)
         self._done.set()
+        if error is not None and self._thread is not None:
+            self._error = f"{type(error).__name__}: {error}"
+            with suppress(Exception):
+                self._tell(_store())  # the others wait for this process, and will hear why it does not come
         if self._thread is not None:
             self._thread.join(timeout=5)
 
@@ -167,6 +190,8 @@ class Watch:
                 if store.check([_OVER]):
                     verdict = json.loads(store.get(_OVER))
                     self._end(verdict["ranks"], verdict["text"], store)
+                if watches:
+                    self._note()
                 if watches and (found := self._look(store)) is not None:
                     # Whoever is first is heard; the other monitor's verdict is the same.
                     text = json.dumps({"ranks": found[0], "text": found[1]})
@@ -176,13 +201,29 @@ class Watch:
                     return
                 self._end([], f"the process that keeps the run's store cannot be reached ({error}): it has ended.")
 
+    def _note(self) -> None:
+        """Say once of a place where processes may stay as long as they like that they have been there for long."""
+        now, least = time.monotonic(), min(one.count for one in self._processes)
+        behind = [one for one in self._processes if one.count == least]
+        waited = min(now - one.moved_at for one in behind)
+        if self.world.rank == 0 and behind[0].patient and waited > FIRST and self._noted != least:
+            self._noted = least
+            names = ", ".join(f"{one.rank} ({one.where})" for one in behind[:8])
+            print(
+                f"kinema: process {names} has been in '{behind[0].phase}' for {waited / 60:.0f} minutes. That may take "
+                "as long as it likes; end the run if it cannot be right.",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _tell(self, store: Store) -> None:
         self._alive += 1
         told = {
             "alive": self._alive,
             "count": self._count,
             "phase": self._phase,
-            "patient": self._patient,
+            "patient": self._patient or self._compiling,
+            "error": self._error,
             "where": f"{socket.gethostname()}, pid {os.getpid()}",
         }
         store.set(f"at/{self.world.rank}", json.dumps(told))

@@ -141,8 +141,6 @@ def together(size: int, device: torch.device, attention: SequenceAttention = "ul
     from kinema.parallel.watch import Watch
 
     world = start(ParallelConfig(sp=size), device.type)
-    try:
-        with Watch(world) as watch:
-            yield Together(world, attention, WatchedSteps(watch))
-    finally:
-        stop()
+    with Watch(world) as watch:
+        yield Together(world, attention, WatchedSteps(watch))
+    stop()

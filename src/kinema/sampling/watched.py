@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,15 +14,13 @@ class WatchedSteps:
 
     def __init__(self, watch: Watch | None = None) -> None:
         self.watch = watch
-        self._before: float | None = None
+        self._is_first = True
 
     def done(self, step: int, steps: int) -> None:
         """Step number ``step`` (from 1, over all stretches of a sample) is done; a stretch has ``steps``."""
         if self.watch is None:
             return
-        now = time.monotonic()
-        if self._before is not None:
-            self.watch.step_took(now - self._before)
-        is_last = step % steps == 0
-        self._before = None if is_last else now
+        if not self._is_first:
+            self.watch.step_done()
+        self._is_first = is_last = step % steps == 0
         self.watch.at("between samples" if is_last else f"step {step + 1} of a sample", patient=is_last)

@@ -16,10 +16,8 @@ def inspect_sets(config: Config, say: Callable[[str], None]) -> list[Inspection]
 
     family = open_family(config.model)
     world = start(config.parallel)
-    try:
-        sets = [inspect_data(config, config.data.sources, family, world, device_count=world.dp_size, say=say)]
-        for one in config.evaluation.sets:
-            sets.append(inspect_data(config, one.sources, family, world, name=one.name, training=False, say=say))
-    finally:
-        stop()
+    sets = [inspect_data(config, config.data.sources, family, world, device_count=world.dp_size, say=say)]
+    for one in config.evaluation.sets:
+        sets.append(inspect_data(config, one.sources, family, world, name=one.name, training=False, say=say))
+    stop()
     return sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +19,26 @@ if TYPE_CHECKING:
     from kinema.parallel.mesh import Sizes, World
 
 
+def repeat_exactly(config: Config) -> None:
+    """Let GPUs do what they do to the same bits, if ``run.deterministic`` asks for it. Before processes join: NCCL
+    chooses its algorithms as its communicators are made."""
+    import torch
+
+    if not (config.run.deterministic and torch.cuda.is_available()):
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")  # switches that add up do so in any order
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer, at every step, for nothing that is read
+    torch.backends.cudnn.benchmark = False
+
+
 def resolve(config: Config, device: torch.device) -> Config:
     """The configuration with everything decided that depends on the machine, and torch set up accordingly."""
     import torch
 
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    if config.run.deterministic and device.type == "cuda":
-        import os
-
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
     if config.training.precision != "auto":
         return config
     precision = "bf16" if computes_in_bf16(device) else "fp32"

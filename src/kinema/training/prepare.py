@@ -119,10 +119,8 @@ def _opened(config: Config) -> Iterator[tuple[Config, Family, World, Say]]:
         if world.is_main:
             print(text, flush=True)
 
-    try:
-        yield resolve(config, world.device), family, world, say
-    finally:
-        stop()
+    yield resolve(config, world.device), family, world, say
+    stop()
 
 
 def _sets(config: Config) -> list[tuple[Sequence[SourceConfig], bool]]:

@@ -29,6 +29,7 @@ from kinema.training.preflight import (
     check_pipeline,
     check_shares,
     make_writable,
+    repeat_exactly,
     resolve,
 )
 from kinema.training.progress import Progress, due
@@ -51,23 +52,22 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
     family = open_family(config.model, config.run.seed)
     family.validate(config)
     options = options or ResumeOptions()
+    repeat_exactly(config)
     world = start(ParallelConfig() if config.parallel.auto else config.parallel)
     said: tuple[str, ...] = ()
-    try:
-        config = resolve(config, world.device)
-        if config.parallel.auto or config.memory.budget is not None:
-            from kinema.training.auto_plan import lay_out_by_itself
+    config = resolve(config, world.device)
+    if config.parallel.auto or config.memory.budget is not None:
+        from kinema.training.auto_plan import lay_out_by_itself
 
-            config, world, said = lay_out_by_itself(config, world, options.resume)
-        config, more = settle_offload(config, family, world, options.resume)
-        said += more
-        with Watch(world, config.parallel.hang_seconds) as watch:
-            run = Run(config, options, family, world, watch)
-            for line in said:
-                run.say(line)
-            run.train()
-    finally:
-        stop()
+        config, world, said = lay_out_by_itself(config, world, options.resume)
+    config, more = settle_offload(config, family, world, options.resume)
+    said += more
+    with Watch(world, config.parallel.hang_seconds) as watch:
+        run = Run(config, options, family, world, watch)
+        for line in said:
+            run.say(line)
+        run.train()
+    stop()
     return config.run.dir
 
 
@@ -104,6 +104,7 @@ class Run:
 
     def train(self) -> None:
         """The whole run."""
+        from kinema.memory.compile import telling_when
         from kinema.training.display import TrainingDisplay
         from kinema.training.loop import run_steps
         from kinema.training.requests import Requests
@@ -114,7 +115,12 @@ class Run:
         self.display, self.say = display, display.say
         try:
             minutes = self.config.checkpoint.every_minutes
-            with display, Requests(self.directory, minutes) as self.requests, self.batches() as batches:
+            with (
+                display,
+                Requests(self.directory, minutes) as self.requests,
+                self.batches() as batches,
+                telling_when(self.watch.compiles, bool(self.config.training.compile) and self.world.size > 1),
+            ):
                 if trainer.progress.step == 0:
                     self._before_first_step()
                 run_steps(trainer, batches, self.requests, self.after_step)
@@ -270,6 +276,7 @@ class Run:
         )
 
     def _before_first_step(self) -> None:
+        self.watch.at("before the first step", patient=True)
         if self.config.evaluation.sets and self.config.evaluation.before_first_step:
             self.metrics.log(0, self._evaluate())
         if self.config.preview.prompts and self.config.preview.before_first_step:
@@ -280,7 +287,7 @@ class Run:
         from kinema.training.loop import describe
         from kinema.training.requests import SAVE
 
-        self.watch.step_took(seconds)
+        self.watch.step_done()
         config, progress = self.config, self.trainer.progress
         self.display.step(progress.step, result.loss, seconds)
         row: dict[str, float] = {}
@@ -306,6 +313,7 @@ class Run:
     def _save(self) -> None:
         from kinema.training.state import averages_in_use, optimizer_numbers, training_state, what_trains
 
+        self.watch.at("checkpoint", patient=True)
         scale = self.trainer.scale
         meta = {
             "config": self.config.model_dump(mode="json"),
@@ -333,6 +341,7 @@ class Run:
         from kinema.training.evaluation import evaluate
         from kinema.training.loop import keeps_casts
 
+        self.watch.at("evaluation", patient=True)
         t, size, world = self.trainer, self.config.evaluation.batch_size, self.world
         losses: dict[str, float] = {}
         cached, enabled = keeps_casts(self.config, world), t.compute_dtype != torch.float32
@@ -345,12 +354,14 @@ class Run:
         return losses
 
     def _preview(self) -> None:
+        self.watch.at("previews", patient=True)
         with self._averaged(), evaluating(self.networks.values()):
             self.previewer.preview(self.trainer.progress.step, self.networks)
 
     def _export(self) -> None:
         from kinema.training.export import export_weights
 
+        self.watch.at("export", patient=True)
         step = self.trainer.progress.step
         with self._averaged():
             export_weights(self.directory / "exports", step, self.family, self.networks, self.config, self.world)
