@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "kinema"
 LAYERS = (
     {"__init__"},
     {"dtypes", "errors", "machine", "randomness", "sizes", "suggest"},
-    {"plugins"},
+    {"pinned", "plugins"},
     {"config"},
     {"data", "networks", "optim", "runs"},
     {"families", "prompts"},

@@ -9,17 +9,31 @@ import torch
 from torch import Tensor
 
 
+class Lent:
+    """A tensor that somebody else keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = weakref.ref(tensor.untyped_storage())
+        self._place = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
+
+    def get(self) -> Tensor:
+        storage, (dtype, *place) = self._storage(), self._place
+        assert storage is not None, "let go of while it was copied"
+        return torch.empty(0, dtype=dtype).set_(storage, *place)
+
+
 class Late:
     """A copy that has begun."""
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
-        self.source, self.target = source, target
+        self.source, self.target = Lent(source), Lent(target)
         self.then = source.clone()
         self.done = False
 
 
 class LaggingCopies:
-    """Copies happen when they are waited for. Until then the target is NaN, and the source must stay as it is.
+    """Copies happen when they are waited for. Until then the target is NaN, and the source must stay as it is; whoever
+    asked for the copy has to keep both.
 
     ``live`` and ``peak`` count the bytes of "the device" that the engine gave out; ``log``: what was asked of it.
     """
@@ -45,17 +59,19 @@ class LaggingCopies:
     def copy(self, source: Tensor, target: Tensor) -> Any:
         assert source.shape == target.shape and source.dtype == target.dtype
         for one in self.pending:
-            assert source.untyped_storage()._cdata != one.target.untyped_storage()._cdata, "copied before it arrived"
-        late = Late(source, target)
+            one.source.get()
+            late = one.target.get()
+            assert source.untyped_storage()._cdata != late.untyped_storage()._cdata, "copied before it arrived"
+        ticket = Late(source, target)
         _nothing(target)
-        self.pending.append(late)
-        return late
+        self.pending.append(ticket)
+        return ticket
 
     def wait(self, ticket: Any) -> None:
         if ticket.done:
             return
-        assert torch.equal(ticket.source, ticket.then), "the source has changed while it was copied"
-        ticket.target.copy_(ticket.then)
+        assert torch.equal(ticket.source.get(), ticket.then), "the source has changed while it was copied"
+        ticket.target.get().copy_(ticket.then)
         ticket.done = True
         self.pending.remove(ticket)
 

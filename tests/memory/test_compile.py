@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from kinema.config.schema import Config, ModelConfig
 from kinema.families.registry import open_family
 from kinema.families.wan import Wan
 from kinema.memory.compile import PAYS_FROM, compile_blocks, settled, telling_when
+from kinema.networks.quantized import Kind, quantize
+from kinema.training.networks import evaluating
 
 
 @pytest.mark.slow
@@ -43,12 +46,12 @@ def test_inductor_gives_the_same_and_compiles_a_kind_once(tmp_path: Path) -> Non
     assert 1 <= graphs <= 2, f"{graphs} graphs for three equal blocks and two sizes"  # the second one is dynamic
 
 
-class Block(torch.nn.Module):
+class Block(nn.Module):
     """torch's own modules are not compiled by themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.layer = torch.nn.Linear(4, 4)
+        self.layer = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x).sin()
@@ -72,6 +75,37 @@ def test_what_compiles_is_told() -> None:
         torch._dynamo.reset()
         layer(torch.randn(2, 1, 4))
     assert len(told) == count
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_weights_that_a_quantised_layer_makes_are_made_again(kind: Kind) -> None:
+    """By the partitioner that Inductor has too: what is kept for the backward pass is less than a matrix in 16 bits."""
+    torch._dynamo.reset()
+    block = Block(64)
+    quantize([block], kind)
+    compile_blocks({"blocks": nn.ModuleList([block])}, "aot_eager_decomp_partition")
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes if tensor.dtype == torch.bfloat16 else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert kept and sum(kept.values()) < 64 * 64 * 2
+
+
+def test_evaluation_leaves_the_sizes_of_training_alone() -> None:
+    """Passes of other sizes between those of a training compile nothing, and do not make its sizes dynamic ones."""
+    torch._dynamo.reset()
+    counters.clear()
+    block = Block()
+    compile_blocks({"blocks": nn.ModuleList([block])}, "aot_eager")
+    for _ in range(3):
+        with evaluating([block]), torch.no_grad():
+            block(torch.randn(7, 4))
+        block(torch.randn(2, 4)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ def test_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
         return str(error.value)
 
     assert 'training.float8 = "rowwise" needs a Hopper or newer GPU, and this is cpu' in refusal("cpu")
+    assert 'not with training.precision = "fp32": products' in refusal(training={"precision": "fp32"})
     assert 'Set training.float8 = "none". model.network.dtype = "fp8"' in refusal(adapter={})
     assert "not with training.fuse_qkv" in refusal(training={"fuse_qkv": True})
     assert "parallel.tp = 2" in refusal(parallel={"tp": 2})

@@ -6,7 +6,8 @@ import psutil
 import pytest
 import torch
 
-from kinema.training.trial_memory import TrialMemory, left_in, memory_left
+from kinema.machine import left_in, memory_left
+from kinema.training.trial_memory import TrialMemory
 
 MIB = 2**20
 

@@ -8,6 +8,7 @@ blocks' inputs. The last block's stay, as its backward pass comes at once.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from kinema.memory.copy_engine import CopyEngine, Ticket
 
 SMALLEST = 2**20
 """Bytes from which a tensor is worth a copy."""
+AT_ONCE = 2
+"""Blocks whose storages may be on the device at once: what the second waits for is the copy of the first."""
 
 
 def offload_activations(blocks: Mapping[str, nn.ModuleList], engine: CopyEngine, smallest: int) -> ActivationOffload:
@@ -38,6 +41,8 @@ class ActivationOffload:
         self.moved_bytes = 0
         """Copied out since this was made."""
         self._newest: weakref.ref[Group] | None = None
+        self._leaving: deque[Group] = deque()
+        """Groups whose storages are kept on the device until they are copied."""
         self._seen: dict[int, Seen] = {}
         """Of storages that are alive, by their address."""
         self._groups = self._storages = 0
@@ -47,6 +52,9 @@ class ActivationOffload:
             return call()
         group = Group(self.engine, self._groups, self._newest)
         self._groups, self._newest = self._groups + 1, weakref.ref(group)
+        self._leaving.append(group)
+        while len(self._leaving) > AT_ONCE:
+            self._leaving.popleft().leave()
         weights: set[int] = set()
 
         def pack(tensor: Tensor) -> Any:
@@ -95,10 +103,11 @@ class Seen:
 
 @dataclass(eq=False)
 class Moved:
-    """A storage in the host's memory, and where it is wanted again, on the device."""
+    """A storage in the host's memory, what it was copied from, and where it is wanted again, on the device."""
 
     host: Tensor
     out: Ticket
+    source: Tensor | None
     device: Tensor | None = None
     back: Ticket = None
 
@@ -109,6 +118,7 @@ class Group:
     def __init__(self, engine: CopyEngine, number: int, before: weakref.ref[Group] | None) -> None:
         self.engine, self.number, self.before = engine, number, before
         self._moved: dict[Content, weakref.ref[Moved]] = {}  # what autograd lets go of is to be freed
+        self._leaving: list[Moved] = []
 
     def moved(self, content: Content) -> Moved | None:
         known = self._moved.get(content)
@@ -117,17 +127,25 @@ class Group:
     def move(self, storage: torch.UntypedStorage, content: Content) -> Moved:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         host = self.engine.host(tuple(source.shape), torch.uint8)
-        moved = Moved(host, self.engine.copy(source, host))
+        moved = Moved(host, self.engine.copy(source, host), source)
         self._moved[content] = weakref.ref(moved)
+        self._leaving.append(moved)
         return moved
+
+    def leave(self) -> None:
+        """Let the device go on once the storages are copied, and let go of them."""
+        for moved in self._leaving:
+            self.engine.wait(moved.out)
+            moved.source = None
+        self._leaving.clear()
 
     def bring(self) -> None:
         """Begin to copy everything back that is not on its way."""
+        self.leave()
         for known in self._moved.values():
             moved = known()
             if moved is not None and moved.device is None:
                 moved.device = self.engine.on_device(tuple(moved.host.shape), torch.uint8)
-                self.engine.wait(moved.out)
                 moved.back = self.engine.copy(moved.host, moved.device)
 
 

@@ -128,6 +128,8 @@ class BlockSwap:
         self._fetch(first, first + 1)
         if first < len(self.numbers) and self.numbers[first] == number:
             self._arrive(first)
+            if self.homes[first].trains and torch.is_grad_enabled():
+                self._going_back.enter(self.homes[first])
         output = call()
         if torch.is_grad_enabled():
             before_backward(output, inputs, partial(self._backward, number))
@@ -160,6 +162,7 @@ class BlockSwap:
     def _start(self) -> None:
         """A forward pass begins. Weights that train may have changed since the last."""
         self._in_backward = False
+        self._going_back.forget()
         if self.trains:
             self._let_go()
 
@@ -199,9 +202,15 @@ class _GoingBack:
         self._computing: dict[Home, list[Tensor | None]] = {}
         """Homes whose backward pass runs, and the gradients of earlier micro-batches."""
         self._sent: list[tuple[nn.Parameter, Tensor | None, Tensor | None, Ticket]] = []
+        self._leaving: list[tuple[Tensor, Ticket]] = []
+        """Gradients on the device that are copied from."""
+
+    def forget(self) -> None:
+        """A forward pass begins: what a pass that did not end has left is of no step."""
+        self._computing.clear()
 
     def enter(self, home: Home) -> None:
-        """A block's backward pass begins: its gradients will be on the device."""
+        """A block is on the device: so will its gradients be, and torch wants none elsewhere."""
         if home not in self._computing:
             self._computing[home] = [parameter.grad for parameter in home.parameters]
             for parameter in home.parameters:
@@ -210,16 +219,27 @@ class _GoingBack:
     def leave(self, homes: Iterable[Home]) -> None:
         """The backward passes of these blocks are over."""
         for home in homes:
-            for parameter, earlier in zip(home.parameters, self._computing.pop(home, ()), strict=False):
+            if home not in self._computing:
+                continue
+            self._let_go()
+            for parameter, earlier in zip(home.parameters, self._computing.pop(home), strict=True):
                 gradient, host, ticket = parameter.grad, None, None
                 if gradient is not None:
                     host = self.engine.host(tuple(gradient.shape), gradient.dtype)
                     ticket = self.engine.copy(gradient, host)
+                    self._leaving.append((gradient, ticket))
                 parameter.grad = None
                 self._sent.append((parameter, earlier, host, ticket))
 
+    def _let_go(self) -> None:
+        """Let the device go on once the gradients of the block before are copied, and let go of them."""
+        for _, ticket in self._leaving:
+            self.engine.wait(ticket)
+        self._leaving.clear()
+
     def finish(self) -> None:
         """All gradients are in the host's memory, those of earlier micro-batches added, once this returns."""
+        self._let_go()
         for parameter, earlier, host, ticket in self._sent:
             if host is not None:
                 self.engine.wait_here(ticket)

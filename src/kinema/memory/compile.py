@@ -31,7 +31,11 @@ def compile_blocks(blocks: Mapping[str, nn.ModuleList], backend: str = "inductor
     to bucket become dynamic at their first change, so that not every bucket compiles anew.
     """
     import torch._dynamo
+    import torch._functorch.config
 
+    # Or what a quantised layer makes of its weights in the forward pass, and makes again in the backward one, would be
+    # made once and kept in between: the whole network in 16 bits.
+    torch._functorch.config.ban_recompute_materialized_backward = False
     # Layers that tensor-parallel peers share remember what they have read last, until the end of the block: nothing
     # that a second run of a checkpointed block would have to repeat.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
@@ -74,8 +78,19 @@ def settled(config: Config, device: torch.device, earlier: bool | None) -> bool:
     if earlier is not None:
         return earlier and can
     steps, parallel = config.training.steps, config.parallel
+    parts = (getattr(config.model, name) for name in type(config.model).model_fields if name.startswith("network"))
+    if _without_float8(device) and any(part.dtype in ("fp8", "fp8_block") for part in parts):
+        return False
     zero_bubble = parallel.pp > 1 and parallel.schedule == "zero_bubble"  # cannot take a compiled block apart
     return can and not zero_bubble and (steps is None or steps >= PAYS_FROM)
+
+
+def _without_float8(device: torch.device) -> bool:
+    """Whether Triton knows no float8 for this GPU: on those before Ada torch 2.13 works around it."""
+    import torch
+
+    older = torch.__version__.startswith(("2.11", "2.12"))
+    return device.type == "cuda" and older and torch.cuda.get_device_capability(device) < (8, 9)
 
 
 def _c_compiler() -> bool:

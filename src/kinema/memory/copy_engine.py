@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kinema.errors import UserError
-from kinema.sizes import readable_bytes
+from kinema.pinned import pinned
 
 Ticket = Any
 """One copy, to be waited for."""
@@ -19,7 +17,8 @@ class CopyEngine(Protocol):
     """Copies in the background.
 
     A copy begins when everything that the device was asked to compute before is done: what it reads is ready then, and
-    what it writes over is used no more. Nothing may change its source, or use its target, before `wait`.
+    what it writes over is used no more. Nothing may change its source, use its target, or let go of either, before
+    `wait`: what comes after that in the device's work may have their memory.
     """
 
     device: torch.device
@@ -57,31 +56,18 @@ class CudaCopies:
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
         if not lasting:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        # torch's own pinned memory is given out anew at once, but in powers of two: too much for weights.
-        memory = torch.empty(shape, dtype=dtype)
-        if memory.nbytes:
-            runtime = torch.cuda.cudart()
-            failed = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-            if failed:
-                raise UserError(
-                    f"the host would not pin {readable_bytes(memory.nbytes)} of its memory for a block that travels "
-                    f"(CUDA's error {failed}). Raise the limit of locked memory (ulimit -l, or --ulimit memlock=-1 of "
-                    "a container), or lower memory.offload_blocks."
-                )
-            weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
-        return memory
+        return pinned(shape, dtype, "memory.offload_blocks")
 
     def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def copy(self, source: Tensor, target: Tensor) -> Ticket:
         stream = self._outward if source.is_cuda else self._inward
-        # What of the two is on the device lies in memory that the computing stream has given, and frees: a source may
-        # be freed while it is copied, and so may a target that nobody waits for, as after an error.
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        # No `record_stream`: the host is far ahead of the device, and memory would count as in use until the device has
+        # come to where it was let go of.
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            (source if source.is_cuda else target).record_stream(stream)
             return stream.record_event()
 
     def wait(self, ticket: Ticket) -> None:

@@ -55,6 +55,11 @@ def check_float8(config: Config, family: Family, device: torch.device) -> None:
         raise ConfigError(
             f"{key}: not with parallel.tp = {config.parallel.tp}. Share the network by parallel.dp_shard."
         )
+    if recipe == "rowwise" and config.training.precision in ("fp32", "fp16"):
+        raise ConfigError(
+            f'{key}: not with training.precision = "{config.training.precision}": products with a scale for each row '
+            'come out in bf16 alone. Set training.precision = "bf16".'
+        )
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY[recipe]:
         here = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         raise ConfigError(f'{key} needs {_GPUS[recipe]}, and this is {here}. Set training.float8 = "none".')

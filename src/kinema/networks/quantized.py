@@ -135,7 +135,9 @@ def decode(quantized: Tensor, scale: Tensor, pairs: Tensor | None, width: int, d
         levels = pairs.index_select(0, quantized.flatten().int())
         blocks = levels.view(*scale.shape, BLOCK) * scale[..., None].float()
         return blocks.flatten(1)[:, :width].to(dtype)
-    return (quantized.to(torch.float32) * _spread(scale, width)).to(dtype)
+    # Numbers of e4m3 and of 8 bits are numbers of any wider type, so only the product rounds: from fp32, once.
+    whole = quantized.to(dtype)
+    return torch.mul(whole, _spread(scale, width), out=torch.empty_like(whole))
 
 
 def stored_bytes(kind: Kind, rows: int, width: int) -> int:

@@ -42,7 +42,9 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of one step, keyed by the sample's place in the global batch: the same on any number of ranks."""
+    """Random numbers of one step, keyed by the sample's place in the global batch: the same on any number of ranks.
+
+    They go to a GPU without waiting for it: memory that is not pinned is read before the copy returns."""
 
     seed: int
     step: int | str
@@ -55,7 +57,7 @@ class Draws:
             torch.randn(like.shape[1:], generator=generator(self.seed, self.step, index, purpose))
             for index in batch.indices
         ]
-        return torch.stack(rows).to(like)
+        return torch.stack(rows).to(like.device, like.dtype, non_blocking=True)
 
     def shared(self, purpose: str) -> Tensor:
         """One uniform number in [0, 1) for the whole step, float64: the same for all samples, on all ranks."""
@@ -71,7 +73,7 @@ class Draws:
             torch.rand((), generator=generator(self.seed, self.step, index, purpose), dtype=torch.float64)
             for index in batch.indices
         ]
-        return torch.stack(rows).to(device)
+        return torch.stack(rows).to(device, non_blocking=True)
 
 
 @dataclass

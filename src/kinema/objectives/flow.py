@@ -113,7 +113,7 @@ class FlowMatching:
         per_sample = per_sample * loss_weight(self.weighting, t, student.path.native, self.config.min_snr_gamma).to(
             per_sample
         )
-        weights = per_sample.new_tensor(batch.weights)
+        weights = per_sample.new_tensor(batch.weights, device="cpu").to(per_sample.device, non_blocking=True)
         return Loss((per_sample * weights).sum(), per_sample.detach(), {})
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from kinema.optim.apart import Part, parts
 from kinema.optim.gradients import local_part
 from kinema.optim.stepping import Stepping
+from kinema.pinned import pinned
 
 PART_BYTES = 2**26
 """Parameters whose state travels together, in bytes of the parameters."""
@@ -66,7 +67,7 @@ class CudaCopies:
         back: list[Tensor] = []
         with torch.cuda.stream(self.outgoing):
             for one, place in zip(here, away, strict=True):
-                host = torch.empty(one.shape, dtype=one.dtype, pin_memory=True) if place is None else place
+                host = pinned(tuple(one.shape), one.dtype, "optimizer.state_on_cpu") if place is None else place
                 back.append(host.copy_(one, non_blocking=True))
                 one.record_stream(self.outgoing)
         self.sent.append(self.outgoing.record_event())

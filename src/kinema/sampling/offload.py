@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from kinema.config.section import QUANTIZED
 from kinema.errors import UserError
+from kinema.machine import memory_left
 from kinema.sizes import readable_bytes
 from kinema.suggest import did_you_mean
 
@@ -239,7 +240,5 @@ def _by_blocks(network: nn.Module, stage: Stage) -> Callable[[], None]:
 def _can_be_pinned(network: nn.Module) -> bool:
     """Whether a second copy of the network fits into half of this machine's free memory: while it is pinned, both are
     there."""
-    import psutil
-
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
-    return bool(size <= psutil.virtual_memory().available / 2)
+    return bool(size <= memory_left() / 2)

@@ -130,6 +130,7 @@ def find_batch_sizes(
             names = ", ".join(map(str, group))
             say(f"Batch size of {names}: {size} on each device ({readable_bytes(taken)} of {whole}{enough})")
         device.release()
+        device.forget_peak()
     return found
 
 

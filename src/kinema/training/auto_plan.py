@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kinema.config.schema import Config
 from kinema.config.write import toml_value
 from kinema.errors import UserError
+from kinema.machine import memory_left
 from kinema.parallel.mesh import Sizes, World, lay_out
 from kinema.sizes import readable_bytes
 
@@ -218,7 +218,7 @@ def cluster_of(config: Config, world: World) -> Cluster:
         device = replace(device, memory=memory_of(config.memory.budget))
     smallest = min(world.gather_objects(device.memory))
     on_gpu = world.device.type == "cuda"
-    lent = min(world.gather_objects(_free_memory() / local)) if on_gpu else float("inf")
+    lent = min(world.gather_objects(memory_left() / local)) if on_gpu else float("inf")
     return Cluster(
         replace(device, memory=smallest), world.size, min(local, world.size), host_memory=lent, on_gpu=on_gpu
     )
@@ -228,7 +228,7 @@ def _device(world: World, local: int) -> Any:
     from kinema.parallel.devices import KNOWN, PROCESSOR
 
     if world.device.type != "cuda":
-        return replace(PROCESSOR, memory=_free_memory() / local)
+        return replace(PROCESSOR, memory=memory_left() / local)
     import torch
 
     from kinema.parallel.plan_memory import CONTEXT
@@ -238,17 +238,6 @@ def _device(world: World, local: int) -> Any:
     known = next((KNOWN[one] for one in sorted(KNOWN, key=len, reverse=True) if one.lower() in name.lower()), None)
     # This process has taken its context already, which every forecast counts.
     return replace(known or KNOWN["A100"], name=name, memory=float(min(total, free + CONTEXT)))
-
-
-def _free_memory() -> float:
-    """Bytes of this machine's memory that processes can have."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 # -- the plan of a run that goes on ----------------------------------------------------------------------------------

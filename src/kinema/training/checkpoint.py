@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from kinema.errors import UserError
 from kinema.parallel.mesh import TIMEOUT, World
+from kinema.pinned import pinned
 from kinema.runs.checkpoint_files import SafetensorsWriter, disk_error, free_bytes, sync_path
 from kinema.runs.checkpoint_list import FORMAT, Checkpoint, list_checkpoints
 from kinema.runs.checkpoint_load import State, flatten, load
@@ -139,7 +140,7 @@ class Checkpointer:
             for name, tensor in tensors.items():
                 local, copy = local_part(tensor), self._copies.get(name)
                 if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
-                    copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                    copy = _memory(local)
                 copies[name] = copy.copy_(local, non_blocking=True)
             self._copied = stream.record_event() if gpu else None
         self._copies = copies
@@ -232,3 +233,10 @@ def local_part(tensor: Tensor | Pieces) -> Tensor:
         return tensor.local
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """Memory of the host for a copy of a tensor."""
+    if tensor.is_cuda:
+        return pinned(tuple(tensor.shape), tensor.dtype, "checkpoint.asynchronous")
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -272,12 +272,16 @@ def take_weights(checkpointer: Checkpointer, checkpoint: Path, networks: Mapping
 
 @contextmanager
 def evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Networks in eval mode inside, as they were afterwards."""
+    """Networks in eval mode inside, as they were afterwards. What is compiled runs as it is written: other sizes and a
+    pass without gradients would take their minutes to compile, and training's own sizes would count as changing."""
+    import torch
+
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for module, _ in modes:
         module.training = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

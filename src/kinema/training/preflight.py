@@ -33,6 +33,22 @@ def repeat_exactly(config: Config) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def keep_within(budget: str | None, device: torch.device) -> None:
+    """Hold torch's allocator to ``memory.budget`` on a GPU: before it takes more, it gives back what lies unused, and
+    trials of batch sizes end there."""
+    if budget is None or device.type != "cuda":
+        return
+    import torch
+
+    from kinema.parallel.devices import memory_of
+    from kinema.parallel.plan_memory import CONTEXT
+
+    _, total = torch.cuda.mem_get_info(device)
+    lent = memory_of(budget) - CONTEXT  # which the allocator does not count
+    if 0 < lent < total:
+        torch.cuda.set_per_process_memory_fraction(lent / total, device)
+
+
 def resolve(config: Config, device: torch.device) -> Config:
     """The configuration with everything decided that depends on the machine, and torch set up accordingly."""
     import torch

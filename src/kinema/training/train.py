@@ -28,6 +28,7 @@ from kinema.training.preflight import (
     check_compute,
     check_pipeline,
     check_shares,
+    keep_within,
     make_writable,
     repeat_exactly,
     resolve,
@@ -59,6 +60,7 @@ def train(config: Config, options: ResumeOptions | None = None) -> Path:
     if config.parallel.auto or config.memory.budget is not None:
         from kinema.training.auto_plan import lay_out_by_itself
 
+        keep_within(config.memory.budget, world.device)
         config, world, said = lay_out_by_itself(config, world, options.resume)
     config, more = settle_offload(config, family, world, options.resume)
     said += more

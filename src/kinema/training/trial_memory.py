@@ -8,8 +8,9 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kinema.machine import memory_left
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +20,6 @@ USABLE = {"cuda": 0.92, "cpu": 0.8}
 SAMPLING_SECONDS = 0.002
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
 """What torch's RuntimeError says where it is no class of its own."""
-CGROUPS = {
-    "": (Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")),
-    "memory": (
-        Path("/sys/fs/cgroup/memory"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ),
-}
-"""Versions 2 and 1 of Linux's control groups: where they lie, and the names that `left_in` takes."""
 
 
 class TrialMemory:
@@ -64,8 +57,9 @@ class TrialMemory:
             return memory_left()
         import torch
 
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        lent = torch.cuda.get_per_process_memory_fraction(self.device) * total  # all, or what `memory.budget` lends
+        return min(free + torch.cuda.memory_reserved(self.device), int(lent))
 
     def release(self) -> None:
         """Give back what is held and not used, so that it does not count for what comes."""
@@ -78,6 +72,13 @@ class TrialMemory:
         else:
             with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc alone has it
                 ctypes.CDLL(None).malloc_trim(0)
+
+    def forget_peak(self) -> None:
+        """What the display shows as the peak is of what comes."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @contextlib.contextmanager
     def _peak(self) -> Iterator[list[int]]:
@@ -133,41 +134,6 @@ def _peak_of_process() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-
-
-def memory_left() -> int:
-    """Bytes that this process may still take: of the machine's, or less where a control group limits it."""
-    import psutil
-
-    own = [left for folder, files in _own_cgroups() if (left := left_in(folder, files)) is not None]
-    return max(0, min(psutil.virtual_memory().available, *own))
-
-
-def left_in(folder: Path, files: tuple[str, str, str]) -> int | None:
-    """What a control group leaves, by its files of the limit, of the use, and the line of ``memory.stat`` with what of
-    the use the system takes back by itself; None where it sets no limit."""
-    limit_name, used_name, spare_name = files
-    try:
-        limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no limit reads as "max", and the topmost folder has no such files
-        return None
-    spare = next((int(line.split()[1]) for line in lines if line.startswith(f"{spare_name} ")), 0)
-    return limit - used + spare
-
-
-def _own_cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folder of this process' memory group and those above it, each with the names of its files."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers in CGROUPS:
-            root, files = CGROUPS[controllers]
-            own = root / name.lstrip("/")
-            yield from ((folder, files) for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def processes_here() -> int:

@@ -1,0 +1,33 @@
+"""Memory of the host that a GPU's copies are fast from and to, for what is kept for the whole run."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from kinema.errors import UserError
+from kinema.sizes import readable_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Tensor:
+    """A tensor in pinned memory of just its size. (torch's own is given out anew at once, but in powers of two: half as
+    much again for weights and optimisers' state.) UserError names ``key``, the setting that asks for it, where the host
+    will not."""
+    import torch
+
+    memory = torch.empty(shape, dtype=dtype)
+    if memory.nbytes == 0:
+        return memory
+    runtime = torch.cuda.cudart()
+    failed = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if failed:
+        raise UserError(
+            f"{key}: the host would not pin {readable_bytes(memory.nbytes)} of its memory (CUDA's error {failed}). "
+            f"Raise the limit of locked memory (ulimit -l, or --ulimit memlock=-1 of a container), or do without {key}."
+        )
+    weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+    return memory
