@@ -13,7 +13,6 @@ import torch
 from pipeline_cases import Plan, Result, assert_alike
 from ranks import on_ranks, result_of
 
-from kinema.memory import compile as compilation
 from kinema.parallel.mesh import World
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -27,6 +26,8 @@ KINDS: dict[str, tuple[str, Any]] = {
     "share of a list": (f"{ASKED}.blocks", 0.5),
     "nested": (ASKED, "nested"),
 }
+BLOCKS = {"selective": 3, "every second": 2, "share of a list": 2, "nested": 3}
+"""That run again, of three."""
 COMPILED = ("training.compile", True)
 
 
@@ -57,15 +58,20 @@ def without(root: Path) -> Result:
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
 @pytest.mark.parametrize("sizes", PLANS)
 def test_as_one_process_without(root: Path, without: Result, sizes: str, compiled: bool) -> None:
-    plans = [plan_of(sizes, kind, compiled) for kind in KINDS]
-    on_ranks(2, checkpointing_cases.main, root, (plan.name for plan in plans))
-    for plan in plans:
-        assert_alike(result_of(root, plan.name), without, plan)
+    plans = {kind: plan_of(sizes, kind, compiled) for kind in KINDS}
+    on_ranks(2, checkpointing_cases.main, root, (plan.name for plan in plans.values()))
+    for kind, plan in plans.items():
+        result = result_of(root, plan.name)
+        assert result["again"] == [BLOCKS[kind]] * 2, "a stage is cut off afterwards"
+        assert_alike(result, without, plan)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_in_one_process(root: Path, without: Result, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """(`tests/memory/test_checkpointing.py` has them as they are.)"""
-    monkeypatch.setattr(compilation, "compile_blocks", checkpointing_cases.compile_blocks)
+    for patch in checkpointing_cases.PATCHES:
+        monkeypatch.setattr(*patch)
     plan = plan_of("", kind, True)
-    assert_alike(checkpointing_cases.run(World.alone(), plan.name, root), without, plan)
+    result = checkpointing_cases.run(World.alone(), plan.name, root)
+    assert result["again"] == [BLOCKS[kind]]
+    assert_alike(result, without, plan)
