@@ -1,4 +1,6 @@
-"""``--families-table PAGE`` writes the proofs of families into a page of the documentation, from this very run.
+"""What all tests share: tests that need a GPU are skipped without one, and a worker runs a whole file where that pays.
+
+``--families-table PAGE`` writes the proofs of families into a page of the documentation, from this very run.
 
 With ``-k`` only the rows of what ran are written; the others stay as they are.
 """
@@ -44,6 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     page = config.getoption("--families-table")
     if page is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ProofTable(page, some=bool(config.option.keyword)), "proof-table")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` are skipped where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
 
 
 BY_FILE = ("tests/parallel/", "tests/training/", "tests/sampling/", "tests/shapes/")

@@ -151,7 +151,6 @@ def test_which_optimisers_take_parameters_one_after_the_other():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_equal_to_the_bit_and_out_of_its_memory():
     device = torch.device("cuda")
     results = []

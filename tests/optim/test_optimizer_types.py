@@ -102,10 +102,10 @@ def schedule_free(w: Tensor, decay: float) -> Iterator[Tensor]:
         y = 0.1 * z + 0.9 * x
 
 
-def automagic(w: Tensor, decay: float) -> Iterator[Tensor]:
+def automagic(w: Tensor, decay: float, start: float = 1e-4, bump: float = 3e-6) -> Iterator[Tensor]:
     """The authors' rule, with the learning rates themselves in float64; between the bounds it is the same."""
     r, c, v = w.new_zeros(len(w)), w.new_zeros(w.shape[-1]), torch.zeros_like(w)
-    before, lr = torch.zeros_like(w, dtype=torch.bool), torch.full_like(w, 1e-4)
+    before, lr = torch.zeros_like(w, dtype=torch.bool), torch.full_like(w, start)
     while True:
         g = yield w
         square = g**2 + 1e-30
@@ -117,7 +117,7 @@ def automagic(w: Tensor, decay: float) -> Iterator[Tensor]:
             u = g * v**-0.5
         u = u / max(1.0, float(u.square().mean().sqrt()))
         now = u > 0
-        lr = (lr + torch.where(now == before, 3e-6, -3e-6)).clamp(1e-7, 1e-3)
+        lr = (lr + torch.where(now == before, bump, -bump)).clamp(1e-7, 1e-3)
         before = now
         w = w - lr * (u + decay * w)
 

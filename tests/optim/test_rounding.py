@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_optimizer_types import automagic
 from torch import Tensor
 
 from kinema.config.optimizer import OptimizerConfig
@@ -27,7 +28,8 @@ def start() -> Tensor:
 def trained(rounding: str, kind: str = "adamw") -> tuple[Tensor, Tensor]:
     """The weights after all steps, and with Kahan's compensation."""
     weight = torch.nn.Parameter(start())
-    config = OptimizerConfig(type=kind, lr=LR, weight_decay=0.1, rounding=rounding, betas=(0.9, 0.99))
+    given = {"betas": (0.9, 0.99)} if kind == "adamw" else {}
+    config = OptimizerConfig(type=kind, lr=LR, weight_decay=0.1, rounding=rounding, **given)
     (optimizer,) = build_optimizers({"network.weight": weight}, set(), config, seed=3)
     for step in range(STEPS):
         weight.grad = gradients(step).bfloat16()
@@ -36,9 +38,15 @@ def trained(rounding: str, kind: str = "adamw") -> tuple[Tensor, Tensor]:
     return weight.detach().double(), weight.detach().double() + compensation.double()
 
 
-def reference() -> Tensor:
-    """AdamW in float64, of weights that round nothing."""
+def reference(kind: str = "adamw") -> Tensor:
+    """The optimiser in float64, of weights that round nothing."""
     w = start().double()
+    if kind == "automagic":
+        rule = automagic(w, 0.1, LR, 1e-6)
+        next(rule)
+        for step in range(STEPS):
+            w = rule.send(gradients(step).bfloat16().double())
+        return w
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for step in range(STEPS):
         g = gradients(step).bfloat16().double()
@@ -48,21 +56,22 @@ def reference() -> Tensor:
     return w
 
 
-def test_plain_bf16_loses_what_the_others_keep() -> None:
+@pytest.mark.parametrize("kind", ["adamw", "automagic"])
+def test_plain_bf16_loses_what_the_others_keep(kind: str) -> None:
     """100 steps of about 3e-4 travel 0.03. Weights of 1 to 2 have bf16 neighbours 0.008 apart: plainly rounded, they
-    stay where they are."""
-    want = reference()
+    stay where they are. (`test_low_bit` has the same of adamw8bit.)"""
+    want = reference(kind)
     travelled = (want - start().double()).abs()
     assert travelled.mean() > 0.025
     large = start().float() > 1.0
-    plain, _ = trained("none")
+    plain, _ = trained("none", kind)
     assert torch.equal(plain[large], start().double()[large])
 
-    kahan, exact = trained("kahan")
+    kahan, exact = trained("kahan", kind)
     assert (exact - want).abs().max() < 0.02 * travelled.mean()  # the compensation has 8 bits of its own
     assert ((kahan - want).abs() / want).max() < 2**-8 + 1e-3  # the weight itself is the nearest that there is
 
-    stochastic, _ = trained("stochastic")
+    stochastic, _ = trained("stochastic", kind)
     error = (stochastic - want)[large]
     spread = error.std()
     assert error.mean().abs() < 4 * spread / error.numel() ** 0.5 + 2e-5  # no bias

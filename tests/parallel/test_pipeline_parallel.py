@@ -11,7 +11,7 @@ from typing import Any
 import pipeline_cases
 import pytest
 import torch
-from pipeline_cases import ALL, Plan, Result
+from pipeline_cases import ALL, Plan, Result, assert_alike
 from ranks import on_ranks, result_of
 from safetensors.torch import load_file
 from torch import nn
@@ -248,18 +248,7 @@ def alone(root: Path, plan: Plan) -> tuple[Path, Result]:
 
 def assert_as_alone(root: Path, plan: Plan) -> None:
     """What a plan's ranks left, against one process."""
-    got = result_of(root, plan.name)
-    want = alone(root, plan)[1]
-    assert got["losses"] == pytest.approx(want["losses"], rel=1e-5), plan.name
-    assert got["norms"] == pytest.approx(want["norms"], rel=1e-5), plan.name
-    assert min(want["norms"]) > 1.2 * want["clip_norm"], f"{plan.name}: clipping was not in force"
-    assert got["held_out"] == pytest.approx(want["held_out"], rel=1e-5), plan.name
-    for kind in ("weights", "averages"):
-        assert got[kind].keys() == want[kind].keys()
-        for name, weight in want[kind].items():
-            assert got[kind][name].norm().item() == pytest.approx(weight.norm().item(), rel=1e-5, abs=1e-7), name
-            # AdamW turns the rounding of a gradient near zero into a part of a step of 1e-3.
-            assert (got[kind][name] - weight).abs().max().item() < 2e-4, f"{plan.name}: {name}"
+    assert_alike(result_of(root, plan.name), alone(root, plan)[1], plan)
 
 
 def assert_files_as_alone(root: Path, plan: Plan) -> None:

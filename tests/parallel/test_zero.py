@@ -13,7 +13,9 @@ from pipeline_cases import ALL, Plan, Result, configured, share, trainer_of, wri
 from ranks import on_ranks, result_of
 from torch import Tensor, nn
 
-from kinema.config.schema import ModelConfig, ParallelConfig
+from kinema.config.schema import Config, ModelConfig, ParallelConfig
+from kinema.config.section import QUANTIZED
+from kinema.errors import ConfigError
 from kinema.families.registry import open_family
 from kinema.networks.quantized import quantize
 from kinema.objectives.base import Draws
@@ -202,6 +204,21 @@ def test_blocks_that_travel_as_they_are_stored() -> None:
         adapted[0].bfloat16()
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], use_dora=use_dora), adapted)
         assert bool(short_parameters(adapted, torch.bfloat16)) != use_dora
+
+
+def test_a_base_in_few_bits_is_refused() -> None:
+    """Whole too; nothing is loaded."""
+    for kind in QUANTIZED:
+        model = {"family": "wan", "variant": "t2v-1.3b", "random_weights": True, "network": {"dtype": kind}}
+        tables = {"model": model, "data": {"sources": [{"path": "clips"}]}, "training": {"steps": 1}}
+        config = Config.model_validate(tables | {"adapter": {}, "parallel": {"dp_shard": 2}})
+        family = open_family(config.model)
+        with pytest.raises(ConfigError, match=rf'base in "{kind}" has not. Set parallel\.dp_shard = 1, or choose bf16'):
+            family.validate(config)
+        with pytest.raises(ConfigError, match="nowhere to load the autoencoder"):  # which is all that copies lack
+            family.validate(Config.model_validate(tables | {"adapter": {}, "parallel": {"dp_replicate": 2}}))
+        with pytest.raises(ConfigError, match=rf'"{kind}" stores weights that do not train.* Add an \[adapter\]'):
+            family.validate(Config.model_validate(tables))
 
 
 def test_refused_without_shards() -> None:

@@ -88,10 +88,7 @@ def test_other_tools_read_the_file(world: World, tmp_path: Path) -> None:
     "device",
     [
         "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 def test_training_goes_on_while_it_is_written(tmp_path: Path, device: str) -> None:
