@@ -45,10 +45,14 @@ def _size(part: nn.Module) -> int:
 
 @contextmanager
 def on_device(parts: list[nn.Module], device: torch.device | str) -> Iterator[None]:
-    """The parts on ``device``, and afterwards back where they were; no copy where they are there already."""
+    """The parts on ``device``, and afterwards back where they were; no copy where they are there already. What FSDP2
+    has sharded stays: it fetches its own weights, from the host's memory too, and would not bring back what it leaves
+    where it is (buffers, parameters that it does not shard)."""
     import torch
+    from torch.distributed.fsdp import FSDPModule
 
     there = torch.empty(0, device=device).device  # with its index, which "cuda" leaves out
+    parts = [part for part in parts if not any(isinstance(module, FSDPModule) for module in part.modules())]
     places = [(part, next((p.device for p in part.parameters()), there)) for part in parts]
     moved = [(part, place) for part, place in places if place != there]
     for part, _ in moved:
