@@ -44,7 +44,9 @@ class Texts:
         # the call's default: encode_prompt may have another one
         self.default_length: int | None = None if length is None else length.default
         self.found: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
-        """By text, length, and whether it was encoded as a negative text: the call's arguments, as of a prompt."""
+        """By text, length, and whether it was encoded as a negative text: the call's arguments, as of a prompt. They
+        wait on the CPU: of thousands of prompts they would fill a device."""
+        self.device: torch.device | str = "cpu"
 
     def encode(
         self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu", *, move: bool = True
@@ -54,6 +56,7 @@ class Texts:
         if not self.apart:
             return
         wanted = {key for one in settings for key in self._keys(one)}
+        self.device = device
         missing = sorted(wanted - self.found.keys(), key=lambda key: (key[2], key[0]))  # prompts first
         if missing:
             with on_device(text_encoders(self.pipeline) if move else [], device):
@@ -69,7 +72,7 @@ class Texts:
         arguments = joined([self.found[key] for key in prompts])
         for keys in negatives:
             arguments |= {NEGATIVE + name: rows for name, rows in joined([self.found[key] for key in keys]).items()}
-        return arguments
+        return _on(self.device, arguments)
 
     def _keys(self, one: SampleSettings) -> list[tuple[str, int | None, bool]]:
         """What the sample's prompt is found by, and its negative text where it is guided by one."""
@@ -88,7 +91,7 @@ class Texts:
         if "do_classifier_free_guidance" in self.encode_takes:
             arguments["do_classifier_free_guidance"] = negative
         if negative:  # beside a prompt that is encoded already, and not encoded again
-            arguments |= next(found for key, found in self.found.items() if key[1:] == (length, False))
+            arguments |= _on(device, next(found for key, found in self.found.items() if key[1:] == (length, False)))
             arguments["negative_prompt"] = text
         empty = inspect.Parameter.empty  # further words of the prompt, which some will have said to be none
         arguments |= {
@@ -104,11 +107,18 @@ class Texts:
             for name, value in named
             if name and name.startswith(NEGATIVE) == negative
         }
-        return {name: _all_of(found) if value is None else value for name, value in found.items()}
+        return _on("cpu", {name: _all_of(found) if value is None else value for name, value in found.items()})
 
 
 def call_parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def _on(device: torch.device | str, values: dict[str, Any]) -> dict[str, Any]:
+    from accelerate.utils import send_to_device
+
+    moved: dict[str, Any] = send_to_device(values, device)
+    return moved
 
 
 def joined(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
