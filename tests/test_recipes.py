@@ -1,6 +1,6 @@
 """The recipes: each is valid, trains on a tiny model of its family, and takes what its header says.
 
-Those of Open-Sora's stages are in tests/training/test_open_sora_recipes.py.
+What Open-Sora's stages train is in tests/training/test_open_sora_recipes.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kinema.shapes.world import caption, render, training_clips, write_clips
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guides" / "recipes.md"
 RECIPES = sorted(path for kind in ("lora", "full") for path in (ROOT / "recipes" / kind).glob("*.toml"))
+STAGES = sorted((ROOT / "recipes" / "open_sora").glob("*.toml"))
 AMOUNT = r"(?P<device>[\d.]+) GB(?: on the card)?(?:, (?P<host>[\d.]+) GB in its machine's memory)?"
 HEADER = re.compile(rf"^# Forecast: {AMOUNT} \(kinema plan (?P<file>\S+) --devices (?P<cards>\S+)\)$", re.MULTILINE)
 OTHER = re.compile(rf"^#   (?:{AMOUNT}: )?(?P<flags>--.*(?:\n#     --.*)*)$", re.MULTILINE)
@@ -98,6 +99,14 @@ def test_it_is_valid_for_every_model_that_it_names(recipe: Path) -> None:
         open_family(config.model).validate(config)
         runs.add((config.model.family, config.model.variant))
     assert len(runs) == len(said_by(recipe)) >= 2, "it says what to change for others of its group"
+
+
+@pytest.mark.parametrize("recipe", STAGES, ids=name_of)
+def test_a_stage_says_what_it_takes_of_the_devices_that_it_is_for(recipe: Path) -> None:
+    (said,) = said_by(recipe)
+    parallel = configured(recipe, said).parallel
+    assert isinstance(parallel.dp_shard, int) and cards_of(recipe) == f"{parallel.dp_shard * parallel.sp}x80GB"
+    assert said.device is not None and said.device <= 80 and not said.host
 
 
 def test_no_two_write_into_one_run_but_for_the_same_model() -> None:
@@ -201,7 +210,7 @@ def test_it_trains(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+@pytest.mark.parametrize("recipe", [*RECIPES, *STAGES], ids=name_of)
 def test_it_takes_what_its_header_says(recipe: Path) -> None:
     """By the forecast of `kinema plan`, to the digits that are given."""
     from kinema.parallel.devices import parse_devices

@@ -23,9 +23,11 @@ from kinema.families.omnigen2 import OmniGen2
 from kinema.families.registry import open_family
 from kinema.networks import omnigen2_pipeline
 from kinema.networks.omnigen2 import MAX_REFERENCES
-from kinema.sampling.pipeline import SampleSettings, Texts, _text_encoders, sample_many
+from kinema.sampling.pipeline import SampleSettings, sample_many
+from kinema.sampling.placing import text_encoders
 from kinema.sampling.references import picture
 from kinema.sampling.request import check_image_guidance, check_images, defaults_of_run, defaults_of_variant
+from kinema.sampling.texts import Texts
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +129,14 @@ def test_the_text_encoder_is_let_go_after_its_turn(family: OmniGen2, parts: dict
     pipeline = family.pipeline(parts)
     pipeline.set_progress_bar_config(disable=True)
     settings = [SampleSettings("a red ball", 32, 48, 1, steps=1, negative="blue", text_length=888)]
-    texts = Texts(pipeline)
+    texts = Texts(family, pipeline)
     texts.encode(settings)
     assert texts.apart
     without = family.pipeline({**parts, "text_encoder": None})
     without.set_progress_bar_config(disable=True)
     expected = next(sample_many(family, pipeline, settings))
     assert torch.equal(next(sample_many(family, without, settings, texts=texts)), expected)
-    assert _text_encoders(pipeline) == [parts["text_encoder"]]  # and on the device for its turn alone
+    assert text_encoders(pipeline) == [parts["text_encoder"]]  # and on the device for its turn alone
 
 
 def test_the_published_scheduler_shifts_by_the_size(tiny: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from kinema.families.open_sora_strategy import Given
 from kinema.families.tiny import clip_text, clip_tokenizer, spread, t5_encoder, t5_tokenizer
 from kinema.networks.dc_ae import VideoDCAE
 from kinema.networks.open_sora import OpenSoraTransformer, pack, positions, unpack
-from kinema.sampling.pipeline import SampleSettings, Texts, sample_many, shifted
+from kinema.sampling.pipeline import SampleSettings, sample_many, shifted
+from kinema.sampling.texts import Texts
 
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4}
 ROUNDING = 5e-5
@@ -427,7 +428,7 @@ _Family.__abstractmethods__ = frozenset()
 def test_samples_as_the_command_draws_them(pipeline: OpenSoraPipeline, tmp_path: Any) -> None:
     """Texts are encoded once, apart from the call; a sample does not depend on its batch."""
     picture(6).save(tmp_path / "first.png")
-    assert Texts(pipeline).apart
+    assert Texts(_Family(), pipeline).apart
     assert set(pipeline.components) >= {"transformer", "vae", "text_encoder", "text_encoder_2"}, "all are moved"
     usual = SampleSettings("a red ball", 32, 48, 9, 4, 7.5, 3.0, negative="blue", images=(tmp_path / "first.png",))
     wanted = [SampleSettings(**{**vars(usual), "prompt": prompt, "seed": seed}) for prompt in "ab" for seed in (0, 5)]

@@ -15,6 +15,7 @@ from ranks import on_ranks
 from typer.testing import CliRunner
 
 from kinema.cli import app
+from kinema.config.load import load_config
 from kinema.errors import ConfigError, UserError
 from kinema.memory.dry_run import LiveBytes
 from kinema.parallel.devices import KNOWN, Cluster, parse_devices
@@ -25,6 +26,10 @@ from kinema.parallel.plan_model import OUTSIDE, Model, Pass, Segment, Weight
 from kinema.parallel.plan_stages import Moment, moments_of, stages_of
 from kinema.parallel.plan_time import bubble_of, shared_out, step_time, traffic
 from kinema.parallel.schedule import Schedule, orders
+from kinema.training.dry_segments import Run, expanded
+from kinema.training.plan import not_there, online_bytes, planning_family
+
+STAGES = Path(__file__).parents[2] / "recipes" / "open_sora"
 
 TOLERANCE = 0.1
 ROUNDING = 1e-5
@@ -348,3 +353,51 @@ def test_the_command_plans_a_published_model_without_its_files(tmp_path: Path) -
     assert given["seconds"]["compute"] == pytest.approx((matrices + attention) / (989e12 * 0.4), rel=0.03)
     assert given["fits"] and len(report["found"]) == 3
     assert report["encoders"]["text"] == pytest.approx(9.5e9, rel=0.02)  # T5 XXL in bf16
+
+
+@pytest.mark.slow
+def test_a_stage_is_planned_before_the_run_that_it_starts_from() -> None:
+    """By the published configuration, with the encoders that work on line; blocks that share sequences keep a share."""
+    path = STAGES / "4-i2v.toml"
+    answer = CliRunner().invoke(app, ["plan", str(path), "--devices", "8x80GB", "--json"], catch_exceptions=False)
+    assert answer.exit_code == 0
+    report = json.loads(answer.stdout)
+    assert any("runs/open-sora/768px is not there (yet)" in note for note in report["notes"])
+    assert report["given"]["memory"]["encoders"] > 10e9 and report["given"]["fits"]
+
+
+def test_encoders_that_work_on_line_are_counted() -> None:
+    config = load_config(STAGES / "4-i2v.toml")
+    assert not_there(config) == {"network": "runs/open-sora/768px"}
+    family = planning_family(config)
+    assert family.config.network.path is None
+    # T5 XXL and CLIP's text model in bf16, the autoencoder in fp32
+    texts, media = (4.76e9 + 0.12e9) * 2, 0.25e9 * 4
+    assert online_bytes(config, family, "bf16") == pytest.approx(texts + media, rel=0.02)
+    online = config.model_copy(update={"data": config.data.model_copy(update={"online": ("media",)})})
+    assert online_bytes(online, family, "bf16") == pytest.approx(media, rel=0.02)
+    cached = config.model_copy(update={"data": config.data.model_copy(update={"online": ()})})
+    assert online_bytes(cached, family, "bf16") == 0
+
+
+def test_encoders_that_work_on_line_may_be_too_much() -> None:
+    model = Model((Weight(0, 8, 4, 32),), 0, 1)
+    one = Pass((Segment(0, kept=1),), (Segment(0, kept=-1),))
+    cluster = Cluster(replace(KNOWN["H100"], memory=2e9), 1, 1)
+    alone = Workload(model, lambda *_: one, lambda _: Batch(1, 1, 1))
+    plan = Candidate(Sizes(), False)
+    with_them = replace(alone, encoders=1.5e9).forecast(plan, cluster)
+    assert alone.forecast(plan, cluster).fits(cluster) and not with_them.fits(cluster)
+    assert with_them.memory.total - alone.forecast(plan, cluster).memory.total >= 1.5e9
+
+
+def test_a_block_stands_for_others_with_what_lies_between_like_ones() -> None:
+    """Not with what goes once, between the first two: under sp the sequence that is shared out before the first."""
+    segments = (Segment(0, kept=1), Segment(kept=-5), Segment(1, kept=1), Segment(kept=2), Segment(2, kept=1))
+    runs = [Run("blocks.0", range(1)), Run("blocks.1", range(1, 4)), Run("blocks.2", range(4, 5))]
+    whole = expanded(Pass(segments, segments[::-1]), runs)
+    assert [one.kept for one in whole.forward] == [1, -5, 1, 2, 1, 2, 1, 2, 1]
+    assert [one.kept for one in whole.backward] == [1, -5, 1, 2, 1, 2, 1, 2, 1][::-1]
+    assert [one.block for one in whole.forward if one.block >= 0] == [0, 1, 2, 3, 4]
+    ended = expanded(Pass(segments[:3], ()), runs[:2])  # no block after it: as before it
+    assert [one.kept for one in ended.forward] == [1, -5, 1, -5, 1, -5, 1]

@@ -12,8 +12,9 @@ import torch
 from kinema.config.schema import ModelConfig
 from kinema.errors import UserError
 from kinema.families.registry import family_class, family_names, open_family
-from kinema.sampling.pipeline import SampleSettings, Texts, check_shift, sample_many, shifted
+from kinema.sampling.pipeline import SampleSettings, check_shift, sample_many, shifted
 from kinema.sampling.references import picture
+from kinema.sampling.texts import Texts
 from kinema.sampling.weights import Weights, load_parts
 
 
@@ -141,7 +142,7 @@ def test_each_text_is_encoded_once(pipeline: Any, monkeypatch: pytest.MonkeyPatc
     first = list(draw(pipeline, many, batch=1))
     assert sorted(encoded) == ["a red ball", "blue box", "green"]
 
-    texts = Texts(pipeline)
+    texts = Texts(family_class("wan")(ModelConfig(family="wan", variant="t2v-1.3b")), pipeline)
     texts.encode(many)
     monkeypatch.setattr(pipeline, "text_encoder", None)
     again = list(draw(pipeline, many, batch=1, texts=texts))

@@ -128,6 +128,49 @@ def test_text_is_encoded_once_and_its_encoder_let_go(base: Path, tmp_path: Path,
         assert np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
 
 
+def of_sdxl(root: Path, **model: Any) -> Config:
+    path = family_class("sdxl").tiny(root / "base", "base-eps")
+    return Config.model_validate(
+        {
+            "run": {"dir": str(root / "run")},
+            "model": {"family": "sdxl", "path": str(path), **model},
+            "data": {"sources": [{"path": "pictures"}], "buckets": {"sizes": [[32, 32]]}},
+            "training": {"steps": 4, "precision": "fp32"},
+            "preview": {"prompts": ["green"], "steps": 2, "guidance": 2.0},
+        }
+    )
+
+
+def test_two_text_encoders_are_let_go(tmp_path: Path) -> None:
+    config = of_sdxl(tmp_path)
+    family = open_family(config.model)
+    network = family.load("network", "cpu", torch.float32)
+    previewer = Previewer(config, family, ALONE)
+    (path,) = previewer.preview(0, {"network": network})
+    assert {"autoencoder", "tokenizer", "tokenizer_2"} <= previewer.parts.keys()
+    assert not set(previewer.parts) & {"text_encoder", "text_encoder_2"}
+    from PIL import Image
+
+    want = to_uint8(expected(config, network, 0))[0]
+    assert np.array_equal(np.asarray(Image.open(path)), want)
+
+
+def test_a_text_encoder_that_trains_reads_the_texts_of_every_preview(tmp_path: Path) -> None:
+    config = of_sdxl(tmp_path, train=["network", "text_encoder_2"])
+    family = open_family(config.model)
+    networks = {part: family.load(part, "cpu", torch.float32) for part in ("network", "text_encoder_2")}
+    previewer = Previewer(config, family, ALONE)
+    (first,) = previewer.preview(0, networks)
+    assert "text_encoder" in previewer.parts, "what does not train beside it is needed again"
+    with torch.no_grad():
+        for parameter in networks["text_encoder_2"].parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    (later,) = previewer.preview(1, networks)
+    from PIL import Image
+
+    assert not np.array_equal(np.asarray(Image.open(later)), np.asarray(Image.open(first)))
+
+
 def test_the_network_computes_in_the_precision_of_the_training(base: Path, tmp_path: Path) -> None:
     config = make_config(base, tmp_path, "bf16", prompts=["green"])
     family = open_family(config.model)

@@ -116,6 +116,12 @@ class AuraFlow(StandardFamily):
     network_layout = NETWORK
     block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
     encoding_version = "aura-flow-1"
+    encoded_text = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
         """By how many positions it knows."""

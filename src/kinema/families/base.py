@@ -270,6 +270,10 @@ class Family(ABC):
 
     batched_sampling: ClassVar[bool] = True
     """Whether one call of the pipeline draws several samples with prompts of their own."""
+    encoded_text: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+    """What the pipeline's ``encode_prompt`` returns, by the names that its call takes it under; "" for what the call
+    does not take. Where these are not all embeddings and masks of text that the call takes, it is given the words, and
+    the text encoders stay on the device while it samples."""
     guidance_argument: ClassVar[str] = "guidance_scale"
     """What the pipeline calls classifier-free guidance, or the guidance that its network is told."""
 

@@ -67,6 +67,14 @@ class Chroma(StandardFamily):
     network_layout = NETWORK
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "chroma-1"
+    encoded_text = (
+        "prompt_embeds",
+        "",  # the ids of its tokens
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "",
+        "negative_prompt_attention_mask",
+    )
     default_time = "native"
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:

@@ -103,6 +103,7 @@ class Flux(StandardFamily):
     network_layout = NETWORK
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "flux-1"
+    encoded_text = ("prompt_embeds", "pooled_prompt_embeds", "")  # the last one: the ids of its tokens
     options = ("guidance", "bypass_guidance")
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:

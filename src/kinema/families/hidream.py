@@ -107,6 +107,14 @@ class HiDream(StandardFamily):
     network_layout = NETWORK
     block_lists = ("double_stream_blocks", "single_stream_blocks")
     encoding_version = "hidream-1"
+    encoded_text = (
+        "prompt_embeds_t5",
+        "negative_prompt_embeds_t5",
+        "prompt_embeds_llama3",
+        "negative_prompt_embeds_llama3",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
 
     @property
     def path(self) -> NoisePath:

@@ -97,6 +97,7 @@ class HunyuanImage(StandardFamily):
     network_layout = NETWORK
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     encoding_version = "hunyuan-image-1"
+    encoded_text = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
     options = ("guidance",)
     batched_sampling = False  # the pipeline guides all of a call alike if any of its prompts has words to draw
 

@@ -51,7 +51,7 @@ class HunyuanVideo(StandardFamily):
     network_layout = NETWORK
     block_lists = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks", "single_transformer_blocks")
     encoding_version = "hunyuan-video-1"
-    options = ("guidance",)
+    encoded_text = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     options = ("guidance",)
 
     def spec(self, part: str) -> PartSpec:

@@ -48,6 +48,7 @@ class HunyuanVideo15(StandardFamily):
     network_layout = NETWORK
     block_lists = ("context_embedder.token_refiner.refiner_blocks", "transformer_blocks")
     encoding_version = "hunyuan-video-1.5-1"
+    encoded_text = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
     def detect(self, fitting: Sequence[str], described: Mapping[str, Any], found: Found) -> str | None:
         if described:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 
@@ -10,36 +11,18 @@ def sized_pipeline() -> Any:
     from diffusers import HunyuanVideo15ImageToVideoPipeline
 
     class SizedImageToVideoPipeline(HunyuanVideo15ImageToVideoPipeline):
-        def __call__(
-            self,
-            image: Any,
-            prompt: Any = None,
-            negative_prompt: Any = None,
-            height: int | None = None,
-            width: int | None = None,
-            num_frames: int = 121,
-            num_inference_steps: int = 50,
-            generator: Any = None,
-            output_type: str | None = "np",
-            return_dict: bool = True,
-            **others: Any,
-        ) -> Any:
+        def __call__(self, *args: Any, height: int | None = None, width: int | None = None, **kwargs: Any) -> Any:
             processor: Any = self.video_processor
             if height is not None and width is not None:
                 processor.calculate_default_height_width = lambda **_: (height, width)
             try:
-                return super().__call__(
-                    image,
-                    prompt,
-                    negative_prompt,
-                    num_frames=num_frames,
-                    num_inference_steps=num_inference_steps,
-                    generator=generator,
-                    output_type=output_type,
-                    return_dict=return_dict,
-                    **others,
-                )
+                return super().__call__(*args, **kwargs)
             finally:
                 vars(processor).pop("calculate_default_height_width", None)
 
+    # who asks what the call takes sees diffusers' own arguments too
+    own = inspect.signature(HunyuanVideo15ImageToVideoPipeline.__call__)
+    sizes = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("height", "width")]
+    signature = own.replace(parameters=[*own.parameters.values(), *sizes])
+    SizedImageToVideoPipeline.__call__.__signature__ = signature  # type: ignore[attr-defined]
     return SizedImageToVideoPipeline

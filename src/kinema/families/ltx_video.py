@@ -49,7 +49,12 @@ class LTXVideo(StandardFamily):
     network_layout = NETWORK
     block_lists = ("transformer_blocks",)
     encoding_version = "ltx-video-1"
-    options = ("first_frame_p",)
+    encoded_text = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
     options = ("first_frame_p",)
     resolution_shift = ResolutionShift(1024, 0.95, 4096, 2.05)
     """Of the authors' trainer (its shifted logit-normal law) and of their schedule for sampling."""

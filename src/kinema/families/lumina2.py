@@ -113,6 +113,12 @@ class Lumina2(StandardFamily):
     network_layout = NETWORK
     block_lists = _BLOCKS
     encoding_version = "lumina2-1"
+    encoded_text = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
 
     @property
     def path(self) -> NoisePath:

@@ -103,6 +103,7 @@ class QwenImage(StandardFamily):
     network_layout = NETWORK
     block_lists = ("transformer_blocks",)
     encoding_version = "qwen-image-1"
+    encoded_text = ("prompt_embeds", "prompt_embeds_mask")
     guidance_argument = "true_cfg_scale"
     resolution_shift = ResolutionShift(256, 0.5, 8192, 0.9)
     """As its published scheduler shifts."""

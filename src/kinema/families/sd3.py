@@ -105,6 +105,7 @@ class SD3(StandardFamily):
     parts = PARTS
     block_lists = ("transformer_blocks",)
     encoding_version = "sd3-1"
+    encoded_text = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
     def layout(self, part: str = "network") -> Layout:
         return network_layout(self._blocks) if part == "network" else super().layout(part)

@@ -95,6 +95,7 @@ class SDXL(StandardFamily):
     variants = VARIANTS
     parts = PARTS
     encoding_version = "sdxl-1"
+    encoded_text = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     default_time = "native"
 
     # -- which variant, which path -----------------------------------------------------------------------------------

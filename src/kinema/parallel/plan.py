@@ -13,7 +13,7 @@ from typing import cast
 from kinema.config.memory import Checkpointing
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan_memory import forecast
+from kinema.parallel.plan_memory import MARGIN, forecast
 from kinema.parallel.plan_model import DEFAULT, NOTHING, Memory, Model, Offloading, Pass, Sharding
 from kinema.parallel.plan_offload import offloaded
 from kinema.parallel.plan_time import MFU, StepTime, Traffic, shared_out, step_time, traffic
@@ -92,6 +92,8 @@ class Workload:
     batch: Callable[[Sizes], Batch]
     splits: bool = False
     """Whether a search may take fewer samples at once than it says, and more micro-batches."""
+    encoders: float = 0.0
+    """Bytes of the encoders that every device has beside what trains."""
 
     def forecast(
         self, plan: Candidate, cluster: Cluster, mfu: float = MFU, micro: int | None = None, at_best: bool = False
@@ -108,7 +110,8 @@ class Workload:
         hosted = offloaded(self.model, one, plan.offloading)
         model, one, count = hosted.model, hosted.one, batch.micro_batches
         memory = forecast(model, one, sizes, count, plan.sharding, cluster.on_gpu)
-        memory = replace(memory, host=memory.host + hosted.bytes)
+        margin = memory.margin + (MARGIN * self.encoders if cluster.on_gpu else 0.0)
+        memory = replace(memory, host=memory.host + hosted.bytes, encoders=self.encoders, margin=margin)
         sent = traffic(model, one, sizes, count, plan.sharding)
         sent = replace(sent, host=sent.host + hosted.sent * count)
         time = step_time(model, one, sizes, count, cluster, mfu, plan.sharding, sent, hosted.updated)

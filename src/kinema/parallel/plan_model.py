@@ -191,6 +191,8 @@ class Memory:
     gathered: float
     """Whole weights and gradients of sharded blocks, and what is being sent."""
     margin: float = 0.0
+    encoders: float = 0.0
+    """Weights of the encoders that stay beside what trains."""
     host: float = 0.0
     """In the machine's own memory, for each of its devices."""
 

@@ -20,12 +20,14 @@ from kinema.families.steering import NAMES, Steering
 from kinema.sampling.extension import extended
 from kinema.sampling.offload import offloaded
 from kinema.sampling.oscillation import step_end
+from kinema.sampling.placing import encoders_together, on_device, other_parts, text_encoders
 from kinema.sampling.references import shown
+from kinema.sampling.texts import Texts, call_parameters
 from kinema.sampling.tiling import tiles
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from kinema.families.base import Family
     from kinema.sampling.offload import Offload
@@ -128,13 +130,13 @@ def sample_many(
     """
     if groups is None:
         groups = calls(family, settings, batch)
-    texts = texts or Texts(pipeline)
+    texts = texts or Texts(family, pipeline)
     with _placed(family, pipeline, texts, settings, device, offload):
         for group in groups:
             members = [settings[i] for i in group]
             arguments = _arguments(family, pipeline, members) | texts.arguments(members)
             after = step_end(family, members[0], arguments.get(family.guidance_argument), group, on_step)
-            if after is not None and "callback_on_step_end" in _parameters(pipeline):
+            if after is not None and "callback_on_step_end" in call_parameters(pipeline):
                 arguments["callback_on_step_end"] = after
             with _schedule(pipeline, members[0].shift), tiles(pipeline, members[0]):
                 drawn = pipeline(**arguments)[0]
@@ -160,15 +162,11 @@ def calls(family: Family, settings: Sequence[SampleSettings], batch: int | None 
     return groups
 
 
-def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
-
-
 def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings]) -> dict[str, Any]:
     """The call's arguments, but for the text: those of ours that the pipeline's signature knows."""
     import torch
 
-    first, known = members[0], _parameters(pipeline)
+    first, known = members[0], call_parameters(pipeline)
     arguments: dict[str, Any] = {
         "height": first.height,
         "width": first.width,
@@ -190,93 +188,6 @@ def _arguments(family: Family, pipeline: Any, members: Sequence[SampleSettings])
     return arguments
 
 
-class Texts:
-    """Embeddings of texts, each encoded once and alone.
-
-    ``apart``: whether the pipeline's text can be encoded apart from its call. That is so where the call takes an
-    embedding for the prompt and one for the negative prompt and nothing besides; other pipelines get the words.
-    """
-
-    def __init__(self, pipeline: Any) -> None:
-        known = _parameters(pipeline)
-        of_text = {name for name in known if "prompt" in name and ("embeds" in name or "mask" in name)}
-        self.pipeline = pipeline
-        self.apart = of_text == {"prompt_embeds", "negative_prompt_embeds"}
-        self.has_negative = "negative_prompt" in known
-        length = known.get("max_sequence_length")
-        # the call's default: encode_prompt may have another one
-        self.default_length: int | None = None if length is None else length.default
-        self.found: dict[tuple[str, int | None], Tensor | list[Tensor]] = {}
-
-    def encode(
-        self, settings: Sequence[SampleSettings], device: torch.device | str = "cpu", *, move: bool = True
-    ) -> None:
-        """Encode on ``device`` the texts of these samples that are not known yet, if that can be done apart; ``move``:
-        the encoders have to be moved there for it."""
-        if not self.apart:
-            return
-        wanted = {
-            (text, one.text_length or self.default_length)
-            for one in settings
-            for text in ((one.prompt, one.negative) if one.guidance > 1 else (one.prompt,))
-        }
-        missing = sorted(wanted - self.found.keys())
-        if missing:
-            with _on_device(_text_encoders(self.pipeline) if move else [], device):
-                self.found.update((key, self._encode(*key, device)) for key in missing)
-
-    def _encode(self, text: str, length: int | None, device: torch.device | str) -> Tensor | list[Tensor]:
-        """[1, tokens, channels], or [[tokens, channels]] of pipelines that pad no texts."""
-        import torch
-
-        extra = {} if length is None else {"max_sequence_length": length}
-        with torch.no_grad():
-            embedding, _ = self.pipeline.encode_prompt(
-                prompt=text, do_classifier_free_guidance=False, device=torch.device(device), **extra
-            )
-        return embedding
-
-    def arguments(self, members: Sequence[SampleSettings]) -> dict[str, Any]:
-        """The call's arguments that tell it the text."""
-        guided = members[0].guidance > 1
-        if not self.apart:
-            negative = {"negative_prompt": [one.negative for one in members]} if guided and self.has_negative else {}
-            return {"prompt": [one.prompt for one in members], **negative}
-        length = members[0].text_length or self.default_length
-        arguments = {"prompt_embeds": _joined([self.found[one.prompt, length] for one in members])}
-        if guided:
-            arguments["negative_prompt_embeds"] = _joined([self.found[one.negative, length] for one in members])
-        return arguments
-
-
-def _joined(texts: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor]:
-    """One batch of the embeddings of several texts."""
-    import torch
-
-    tensors = [rows for rows in texts if isinstance(rows, torch.Tensor)]
-    return torch.cat(tensors) if tensors else [row for rows in texts for row in rows]
-
-
-def _text_encoders(pipeline: Any) -> list[nn.Module]:
-    return [part for name, part in _modules(pipeline) if _is_text_encoder(pipeline, name)]
-
-
-def _other_parts(pipeline: Any) -> list[nn.Module]:
-    """All but text encoders: the networks, the autoencoder, picture encoders."""
-    return [part for name, part in _modules(pipeline) if not _is_text_encoder(pipeline, name)]
-
-
-def _is_text_encoder(pipeline: Any, name: str) -> bool:
-    """By the usual names of components; pipelines of ours that have others say so."""
-    return name.startswith("text_encoder") or name in getattr(pipeline, "text_encoders", ())
-
-
-def _modules(pipeline: Any) -> list[tuple[str, nn.Module]]:
-    from torch import nn
-
-    return [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
-
-
 @contextmanager
 def _placed(
     family: Family,
@@ -289,35 +200,15 @@ def _placed(
     """The texts encoded, and the parts on the device: for the length of the sampling, or in turn."""
     if offload != "none":
         networks = [family.folder(part) for part in family.variant.parts if part.startswith("network")]
-        encoders = [name for name, _ in _modules(pipeline) if _is_text_encoder(pipeline, name)]
-        together = encoders if texts.apart else ()  # for every text, one after another
+        together = encoders_together(pipeline) if texts.apart else ()  # for every text, one after another
         with offloaded(pipeline, networks, device, offload, together):
             texts.encode(settings, device, move=False)
             yield
         return
     texts.encode(settings, device)
-    held = _other_parts(pipeline) + ([] if texts.apart else _text_encoders(pipeline))
-    with _on_device(held, device):
+    held = other_parts(pipeline) + ([] if texts.apart else text_encoders(pipeline))
+    with on_device(held, device):
         yield
-
-
-@contextmanager
-def _on_device(parts: list[nn.Module], device: torch.device | str) -> Iterator[None]:
-    """The parts on ``device``, and afterwards back where they were; no copy where they are there already."""
-    import torch
-
-    there = torch.empty(0, device=device).device  # with its index, which "cuda" leaves out
-    places = [(part, next((p.device for p in part.parameters()), there)) for part in parts]
-    moved = [(part, place) for part, place in places if place != there]
-    for part, _ in moved:
-        part.to(there)
-    try:
-        yield
-    finally:
-        for part, place in moved:
-            part.to(place)
-        if moved and there.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -133,15 +133,14 @@ def expanded(short: Pass, runs: list[Run]) -> Pass:
 
 
 def _expanded(segments: tuple[Segment, ...], runs: list[Run], step: int) -> tuple[Segment, ...]:
-    """Where a block stands for several, its segment as often, and with it what lies between it and its twin."""
+    """Where a block stands for several, its segment as often, and with it what lies between it and one like it."""
     found: list[Segment] = []
     for place, segment in enumerate(segments):
         if segment.block == OUTSIDE:
             found.append(segment)
             continue
         run = runs[segment.block]
-        twin = segment.block - 1
-        between = _between(segments, place, twin, step) if len(run.numbers) > 1 else []
+        between = _between(segments, place, _like(segment.block, runs), step) if len(run.numbers) > 1 else []
         for count, number in enumerate(run.numbers[::step]):
             if count:
                 found += between
@@ -149,12 +148,21 @@ def _expanded(segments: tuple[Segment, ...], runs: list[Run], step: int) -> tupl
     return tuple(found)
 
 
-def _between(segments: tuple[Segment, ...], place: int, twin: int, step: int) -> list[Segment]:
-    """What lies between a block and the twin that runs before it (forward) or after it (backward)."""
+def _like(block: int, runs: list[Run]) -> int:
+    """The block after it in its list, or, at the end of that, the one before. Not the one before where there is a
+    choice: between a network's first two blocks goes, once, what only the first one takes, such as the whole sequence
+    that is shared out there."""
+    lists = [run.path.rpartition(".")[0] for run in runs[block : block + 2]]
+    return block + 1 if len(lists) == 2 and lists[0] == lists[1] else block - 1
+
+
+def _between(segments: tuple[Segment, ...], place: int, other: int, step: int) -> list[Segment]:
+    """What lies between the block at this place and another one beside it, in the order of the pass."""
+    after = (other > segments[place].block) == (step == 1)
     found: list[Segment] = []
-    for segment in segments[place - 1 :: -1] if step == 1 else segments[place + 1 :]:
-        if segment.block == twin:
-            return found[::-step]
+    for segment in segments[place + 1 :] if after else segments[:place][::-1]:
+        if segment.block == other:
+            return found if after else found[::-1]
         if segment.block != OUTSIDE:
             break
         found.append(segment)

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from kinema.config.model import PartConfig
 from kinema.config.schema import Config
 from kinema.config.section import QUANTIZED
 from kinema.data.batch_sizes import batch_sizes, sizes_of_tables, tokens_of
 from kinema.data.buckets import Bucket, bucket_groups
+from kinema.data.encode import reads_files
 from kinema.dtypes import torch_dtype
 from kinema.errors import UserError
 from kinema.families.base import Family
@@ -93,7 +96,7 @@ def prospect(
     bucket = heaviest(config, family, sizes)
     passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
     splits = config.training.micro_batch_size is None and not config.optimizer.gradient_release
-    workload = Workload(model, passes, batches, splits=splits)
+    workload = Workload(model, passes, batches, splits=splits, encoders=online_bytes(config, family, precision))
     refusal = _of_updates_and_blocks(config, model.blocks, _refusals(config, family, workload))
     return Prospect(networks, bucket, precision, workload, refusal)
 
@@ -202,13 +205,28 @@ def with_fewest_blocks(known: Prospect, cluster: Cluster, plan: Candidate) -> Ca
 
 
 def planning_family(config: Config) -> Family:
-    """The family of a configuration, with nothing that would be loaded or fetched: a published model is known by the
-    configuration that ships with kinema."""
+    """The family of a configuration, with nothing that would be loaded or fetched: a published model, and a run that
+    has yet to be made, are known by the configuration that ships with kinema."""
     from kinema.families.loading import is_hub_id
 
-    known = config.model.variant is not None and is_hub_id(config.model.path)
-    changes = {"random_weights": True} | ({"path": None} if known else {})
-    return open_family(config.model.model_copy(update=changes), config.run.seed)
+    model, absent = config.model, not_there(config)
+    changes: dict[str, object] = {"random_weights": True}
+    if model.variant is not None and (is_hub_id(model.path) or "path" in absent):
+        changes["path"] = None
+    changes |= {part: getattr(model, part).model_copy(update={"path": None}) for part in absent if part != "path"}
+    return open_family(model.model_copy(update=changes), config.run.seed)
+
+
+def not_there(config: Config) -> dict[str, str]:
+    """Paths of a model whose variant is given that do not exist, such as runs whose turn is still to come: by the names
+    of parts, and "path" for the whole model's."""
+    from kinema.families.loading import is_hub_id
+
+    if config.model.variant is None:
+        return {}
+    paths = {name: part.path for name, part in config.model if isinstance(part, PartConfig)}
+    paths["path"] = config.model.path
+    return {name: path for name, path in paths.items() if path and not is_hub_id(path) and not Path(path).exists()}
 
 
 def heaviest(config: Config, family: Family, sizes: Sizes) -> Bucket:
@@ -365,16 +383,28 @@ def _besides(reason: str, plan: Candidate) -> str:
 
 def encoder_bytes(config: Config, family: Family, precision: str) -> dict[str, float]:
     """What the encoders weigh that are loaded at once, by encoding."""
+    found = {one.name: _weigh(config, family, precision, one.parts) for one in family.encodings()}
+    return {name: size for name, size in found.items() if size}
+
+
+def online_bytes(config: Config, family: Family, precision: str) -> float:
+    """What the encoders of `data.online` weigh: all of them stay on every device, each once."""
+    kinds = config.data.online
+    online = [one for one in family.encodings() if ("media" if reads_files(one) else "text") in kinds]
+    return _weigh(config, family, precision, {part for one in online for part in one.parts})
+
+
+def _weigh(config: Config, family: Family, precision: str, parts: Iterable[str]) -> float:
+    """Bytes of the weights of these parts, as published."""
     from kinema.families.catalog import SIZES
 
     published = json.loads(SIZES.read_text(encoding="utf-8")).get(family.name, {}).get(family.variant.name, {})
-    found: dict[str, float] = {}
-    for encoding in family.encodings():
-        parts = [part for part in encoding.parts if part in published]
-        sizes = {part: family.part_dtype(part, torch_dtype(precision)).itemsize for part in parts}
-        stored = {part: QUANTIZED.get(getattr(config.model, part).dtype or "", size) for part, size in sizes.items()}
-        found[encoding.name] = sum(published[part] * stored[part] for part in parts)
-    return {name: size for name, size in found.items() if size}
+    total = 0.0
+    for part in parts:
+        if part in published:
+            size = family.part_dtype(part, torch_dtype(precision)).itemsize
+            total += published[part] * QUANTIZED.get(getattr(config.model, part).dtype or "", size)
+    return total
 
 
 def _title(config: Config, family: Family, networks: DryNetworks) -> str:
@@ -391,5 +421,13 @@ def _notes(config: Config) -> tuple[str, ...]:
     if config.training.compile is True:
         notes.append("training.compile: what a compiler fuses takes less memory and time than is forecast here.")
     if config.data.online:
-        notes.append(f"data.online: the encoders of {' and '.join(config.data.online)} lie on the devices besides.")
+        kinds = " and ".join(config.data.online)
+        notes.append(
+            f"data.online: the encoders of {kinds} lie on every device, and are counted; what they compute is not."
+        )
+    for name, path in not_there(config).items():
+        key = "model.path" if name == "path" else f"model.{name}.path"
+        notes.append(
+            f"{key}: {path} is not there (yet): planned with the published {config.model.variant} in its place."
+        )
     return tuple(notes)

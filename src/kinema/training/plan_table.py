@@ -21,6 +21,7 @@ _MEMORY = {
     "average": "moving average",
     "activations": "activations",
     "gathered": "gathered, being sent",
+    "encoders": "encoders on line",
     "margin": "margin, CUDA",
 }
 

@@ -1,8 +1,9 @@
 """Samples from the network in training, through the same pipeline as ``kinema sample``.
 
 A preview changes nothing: the global random state, the modes of the modules and the places of the parts are
-afterwards what they were. Text is encoded once, at the first preview, and its encoder let go; the autoencoder stays
-in CPU memory between previews.
+afterwards what they were. Text is encoded once, at the first preview, and its encoders let go; the autoencoder stays
+in CPU memory between previews. Where text encoders train, every preview encodes anew; where they see pictures too
+(`kinema.sampling.texts`), they stay in CPU memory as well, and are on the device while samples are drawn.
 
 Replicated weights: the main rank samples alone, with those that share its samples (the stages of its pipeline, which
 the network's forward goes through one after the other); the others go on to the next collective call and wait there.
@@ -21,8 +22,9 @@ from kinema.config.schema import Config
 from kinema.dtypes import torch_dtype
 from kinema.families.base import Family, Parts
 from kinema.sampling.index import add_to_index, prepare_index
-from kinema.sampling.pipeline import SampleSettings, Texts, sample_many
+from kinema.sampling.pipeline import SampleSettings, sample_many
 from kinema.sampling.request import check_previews, defaults_of_run, preview_images, slug
+from kinema.sampling.texts import Texts
 from kinema.sampling.writing import suffix, write_video
 from kinema.training.networks import evaluating
 
@@ -74,22 +76,25 @@ class Previewer:
         return [folder / name for name in names] if self.world.is_main else []
 
     def _pipeline(self, networks: Mapping[str, nn.Module]) -> Any:
-        """The family's pipeline over ``networks``. The first time, the other parts are loaded and the text encoded."""
-        first = self.texts is None
-        if first:
+        """The family's pipeline over ``networks``, and the text encoded. The first time, the other parts are loaded."""
+        if self.texts is None:
             for part in self.family.variant.parts:
                 if part not in networks:
                     self.parts[part] = self.family.load(part, "cpu", self.family.part_dtype(part, self._dtype))
+        pipeline = self._quiet_pipeline(networks)
+        encoders = self.family.text_encoders
+        trains = any(part in networks for part in encoders)  # then every preview reads its texts anew
+        if self.texts is None or trains:
+            self.texts = Texts(self.family, pipeline)
+            self.texts.encode(self.settings, self.world.device)
+            if self.texts.apart and not trains:
+                self.parts = {name: part for name, part in self.parts.items() if name not in encoders}
+                pipeline = self._quiet_pipeline(networks)
+        return pipeline
+
+    def _quiet_pipeline(self, networks: Mapping[str, nn.Module]) -> Any:
         pipeline = self.family.pipeline({**self.parts, **networks})
         pipeline.set_progress_bar_config(disable=True)
-        if self.texts is None:
-            self.texts = Texts(pipeline)
-            self.texts.encode(self.settings, self.world.device)
-            if self.texts.apart:
-                for part in [name for name in self.parts if name.startswith("text_encoder")]:
-                    del self.parts[part]
-                pipeline = self.family.pipeline({**self.parts, **networks})
-                pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     @property
