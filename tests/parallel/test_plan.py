@@ -64,9 +64,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_of_one_process(small: Small, kind: str, root: Path) -> None:
     """Bytes of tensors alive in a real step on the CPU."""
     config = config_of(small, write(small, root), kind)
-    peak, _ = measured(config, small.bucket, World.alone())
+    counted = measured(config, small.bucket, World.alone())
     memory, _ = expected(config, small.bucket, Sizes())
-    assert memory.total == pytest.approx(peak, rel=TOLERANCE)
+    assert memory.total == pytest.approx(counted.peak, rel=TOLERANCE)
 
 
 def _on_ranks(ranks: int, cases: list[str], root: Path) -> dict[str, Any]:

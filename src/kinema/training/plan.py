@@ -91,7 +91,7 @@ def prospect(
         parallel.attention == "ring", *of_updates(config, networks),
     )  # fmt: skip
     bucket = heaviest(config, family, sizes)
-    passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
+    passes, batches = passes_of(networks, bucket, text_tokens), _batches(config, family, bucket)
     splits = config.training.micro_batch_size is None and not config.optimizer.gradient_release
     workload = Workload(model, passes, batches, splits=splits)
     refusal = _of_updates_and_blocks(config, model.blocks, _refusals(config, family, workload))
@@ -241,7 +241,9 @@ def _batches(config: Config, family: Family, bucket: Bucket) -> Callable[[Sizes]
     return lambda sizes: _batch(config, family, bucket, sizes)
 
 
-def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[Kind, int, int, int], Pass]:
+def passes_of(
+    networks: DryNetworks, bucket: Bucket, text_tokens: int | None = None
+) -> Callable[[Kind, int, int, int], Pass]:
     """Passes of any number of samples: on the line through those of one and of two."""
 
     @cache
