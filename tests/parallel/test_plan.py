@@ -201,6 +201,13 @@ def test_gradients_that_are_let_go_and_state_that_waits() -> None:
     assert (alone.gradients, alone.optimizer, alone.host) == (8000, 1000, 80000)
     plain = forecast(paper_model(), one, Sizes(), 1)
     assert (plain.gradients, plain.optimizer, plain.host) == (40000, 80000, 0)
+    # Where all gradients are there before an update, none of the state is while activations are.
+    waiting = replace(paper_model(), visiting_state=1000.0)
+    updated = forecast(waiting, one, Sizes(), 1)
+    assert (updated.gradients, updated.optimizer, updated.activations) == (40000, 1000, 0)
+    kept = Pass((replace(one.forward[0], kept=1e5), *one.forward[1:]), one.backward)
+    passing = forecast(waiting, kept, Sizes(), 1)
+    assert (passing.optimizer, passing.host) == (0, 80000)
     # Of replicas two buckets besides, and no more than there is.
     assert forecast(model, one, Sizes(dp_replicate=2), 1).gradients == 40000
     assert forecast(model, one, Sizes(), 1, on_gpu=False).optimizer == 80000  # where it is the machine's memory anyway

@@ -105,7 +105,8 @@ def of_updates(config: Config, networks: DryNetworks) -> tuple[float | None, flo
 
     weights, optimizer = [weight for weight in networks.weights if weight.trains], config.optimizer
     largest = max((weight.gradient for weight in weights), default=0) if optimizer.gradient_release else None
-    visiting = at_once((weight.bytes, weight.state) for weight in weights) if optimizer.state_on_cpu else None
+    sizes = [(weight.bytes, weight.state) for weight in weights]
+    visiting = at_once(sizes, optimizer.gradient_release) if optimizer.state_on_cpu else None
     return largest, visiting
 
 
