@@ -24,8 +24,8 @@ from kinema.memory.dry_run import LiveBytes
 from kinema.optim.ema import Ema
 from kinema.optim.host_state import HostState
 
-SMALLEST = 2**16
-"""Bytes from which an activation is moved, of a small network."""
+SMALLEST = 2**10
+"""Bytes from which an activation is moved: as little of a small network's as 1 MiB is of a real one's."""
 PIECE_BYTES = 2**20
 """Weights that are updated at once, and whose state travels together: as little of a small network as the usual 64 MB
 are of a real one."""
