@@ -28,27 +28,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kinema.config.memory import MemoryConfig
 from kinema.config.schema import Config
 from kinema.config.section import QUANTIZED
 from kinema.data.buckets import Bucket
 from kinema.families.base import Family
 from kinema.families.registry import open_family
 from kinema.families.stored import load_quantized
-from kinema.memory.dry_run import LiveBytes
 from kinema.optim import adam
-from kinema.optim.host_state import on_host
 from kinema.parallel.devices import KNOWN
 from kinema.parallel.mesh import World
 from kinema.training.dry_step import DryNetworks
 from kinema.training.loop import Trainer, Work, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parallel"))
-from plan_cases import Small, batch_of, held, trainer_of, write
+from elsewhere import PIECE_BYTES, Elsewhere
+from plan_cases import Small, batch_of, counting, trainer_of, write
 
-from elsewhere import Elsewhere, move, move_state
 from open_sora import fill
 
 Tables = dict[str, dict[str, Any]]
@@ -59,8 +55,6 @@ SMALL = Small(
     Bucket(17, 192, 192),
 )
 DEEP = replace(SMALL, network=SMALL.network | {"num_layers": 30})
-PIECE_BYTES = 2**20
-"""What AdamW updates at once, of the small network: as little of it as the usual 64 MB are of a real one."""
 STILL = {"cpu": Bucket(1, 64, 64), "cuda": Bucket(1, 480, 832)}
 """For what is done to weights: few tokens."""
 CLIP = {"cpu": SMALL.bucket, "cuda": Bucket(33, 480, 832)}
@@ -150,8 +144,6 @@ class Run:
     networks: dict[str, Any]
     work: Work
     elsewhere: Elsewhere
-    places: list[Tensor]
-    """Of blocks that travel."""
 
     def step(self) -> None:
         train_step(self.trainer, self.work, 0)
@@ -172,11 +164,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return torch.cuda.max_memory_allocated()
-        live = LiveBytes("cpu")
-        self.elsewhere.tell(live)
-        live.count([held(self.trainer, self.networks, self.work.batch), self.places])
-        live.mark()
-        with live:
+        with counting(self.trainer, self.networks, self.work.batch, self.elsewhere) as live:
             self.step()
         return live.peak
 
@@ -193,18 +181,9 @@ def started(model: dict[str, Any], tables: Tables, bucket: Bucket, device: str, 
     if device != "cpu":
         draw_on(family, device)
     torch.manual_seed(0)
-    memory, engine, places = config.memory, Elsewhere(), []
-    if device == "cpu":
-        config = config.model_copy(update={"memory": MemoryConfig()})
-    trainer, networks = trainer_of(config, family, World.alone(device))
-    if device == "cpu":
-        places = move(memory, family, networks["network"], engine)
-    if config.optimizer.state_on_cpu and device == "cpu":
-        trainer.optimizers = move_state(trainer.optimizers, engine, PIECE_BYTES)
-    elif config.optimizer.state_on_cpu:
-        trainer.optimizers = on_host(trainer.optimizers, trainer.world.device)
-    work = Work(batch_of(family, bucket, samples), samples, None, 0.0)
-    return Run(trainer, networks, work, engine, places)
+    elsewhere = Elsewhere()
+    trainer, networks = trainer_of(config, family, World.alone(device), elsewhere if device == "cpu" else None)
+    return Run(trainer, networks, Work(batch_of(family, bucket, samples), samples, None, 0.0), elsewhere)
 
 
 def configured(model: dict[str, Any], tables: Tables, device: str, samples: int) -> Config:

@@ -1,7 +1,7 @@
 """Steps of small trainings whose memory and traffic are counted, for the forecast to be held against.
 
-Alone, `measured` counts the bytes of tensors that are alive in one process. `main` runs cases one after the
-other on several.
+Alone, `measured` counts the bytes of tensors that are alive in one process; what ``[memory]`` moves to a GPU's host
+counts apart (`Elsewhere`). `main` runs cases one after the other on several.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from elsewhere import PIECE_BYTES, Elsewhere, give_what_trains_there, move, move_state
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kinema.config.memory import MemoryConfig
 from kinema.config.schema import Config, ParallelConfig
 from kinema.data.batch import Batch
 from kinema.data.buckets import Bucket
@@ -29,19 +31,22 @@ from kinema.families.registry import family_class, open_family
 from kinema.families.sample_shapes import sample_tensors
 from kinema.memory.dry_run import LiveBytes
 from kinema.optim.ema import Ema
+from kinema.optim.host_state import on_host
 from kinema.optim.optimizers import build_optimizers
 from kinema.optim.release import GradientRelease
 from kinema.parallel.data import accumulate
+from kinema.parallel.devices import KNOWN, Cluster
 from kinema.parallel.mesh import Sizes, World, lay_out, start, stop
-from kinema.parallel.plan_memory import forecast
-from kinema.parallel.plan_model import Memory, Model, Sharding
-from kinema.parallel.plan_time import Traffic, traffic
+from kinema.parallel.plan import Batch as Share
+from kinema.parallel.plan import Candidate, Workload, kind_of
+from kinema.parallel.plan_model import Memory, Model, Sharding, merged
+from kinema.parallel.plan_time import Traffic
 from kinema.plugins import OBJECTIVES
 from kinema.runs.trained import named_trainables
 from kinema.training.dry_step import DryNetworks
 from kinema.training.loop import Trainer, Work, train_step
 from kinema.training.networks import FamilyDenoiser, block_matrices, load_networks, pipeline_over
-from kinema.training.plan import of_updates
+from kinema.training.plan import of_updates, offloading_of, passes_of
 from kinema.training.progress import Progress
 
 
@@ -131,21 +136,26 @@ def write(small: Small, root: Path) -> Path:
 
 def config_of(small: Small, directory: Path, kind: str, plan: str = "alone") -> Config:
     """A training of the network from random weights; ``kind``: of `KINDS`, ``plan``: of `PLANS`."""
-    tables = KINDS[kind]
+    return configured(small, directory, KINDS[kind], plan)
+
+
+def configured(small: Small, directory: Path, tables: dict[str, Any], plan: str = "alone") -> Config:
+    """The same, of any tables."""
     sizes, settings = PLANS[plan]
     mesh = {name: size for name, size in asdict(sizes).items() if size > 1}
+    model = {
+        "family": small.family,
+        "variant": small.variant,
+        "path": str(directory),
+        "random_weights": True,
+        "text_length": 64,
+    }
     return Config.model_validate(
         {
-            "model": {
-                "family": small.family,
-                "variant": small.variant,
-                "path": str(directory),
-                "random_weights": True,
-                "text_length": 64,
-            },
             "data": {"sources": [{"path": str(directory)}]},
             "parallel": mesh | settings,
             **tables,
+            "model": model | tables.get("model", {}),
             "training": {"steps": 10, "precision": "fp32", "batch_size": 2} | tables.get("training", {}),
         }
     )
@@ -157,9 +167,14 @@ def batch_of(family: Family, bucket: Bucket, samples: int) -> Batch:
     return Batch(0, rows, [""] * samples, list(range(samples)), [1 / samples] * samples)
 
 
-def trainer_of(config: Config, family: Family, world: World) -> tuple[Trainer, dict[str, Any]]:
-    """As a run makes them."""
-    networks = load_networks(config, family, world)
+def trainer_of(
+    config: Config, family: Family, world: World, elsewhere: Elsewhere | None = None
+) -> tuple[Trainer, dict[str, Any]]:
+    """As a run makes them. ``elsewhere``: what stands for a GPU's host where a run on a CPU moves nothing."""
+    loaded = config if elsewhere is None else config.model_copy(update={"memory": MemoryConfig()})
+    networks = load_networks(loaded, family, world)
+    if elsewhere is not None:
+        move(config.memory, family, networks["network"], elsewhere)
     parameters = named_trainables(networks)
 
     @contextmanager
@@ -171,6 +186,9 @@ def trainer_of(config: Config, family: Family, world: World) -> tuple[Trainer, d
 
     ema, release = config.training.ema, None
     optimizers = build_optimizers(parameters, block_matrices(networks, family), config.optimizer)
+    if config.optimizer.state_on_cpu:
+        there = elsewhere is None
+        optimizers = on_host(optimizers, world.device) if there else move_state(optimizers, elsewhere, PIECE_BYTES)
     if config.optimizer.gradient_release:
         release = GradientRelease(optimizers, hooks=world.size == 1)
     trainer = Trainer(
@@ -248,49 +266,75 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measured(config: Config, bucket: Bucket, world: World) -> tuple[int, Counter[str]]:
-    """The largest number of bytes of tensors that were alive at once in the second of two steps, and what collectives
-    were given in it."""
-    family = open_family(config.model)
-    trainer, networks = trainer_of(config, family, world)
+CLUSTER = Cluster(KNOWN["H100"], 8, 8)
+"""What a forecast of memory does not ask for."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one step."""
+
+    peak: int
+    """The most bytes of tensors that were alive at once on the device."""
+    host: int
+    """And of those that `[memory]` keeps in the host's memory."""
+    sent: Counter[str]
+    """Bytes that collectives were given."""
+
+
+def measured(config: Config, bucket: Bucket, world: World) -> Counted:
+    """The second of two steps."""
+    family, elsewhere = open_family(config.model), Elsewhere()
+    trainer, networks = trainer_of(config, family, world, elsewhere)
     size = config.training.batch_size
     assert isinstance(size, int)
     batch = batch_of(family, bucket, size // world.dp_size)
     work = Work(batch, size, config.training.micro_batch_size, 0.0)
     train_step(trainer, work, 0)
+    with Sent() as sent, counting(trainer, networks, batch, elsewhere) as live:
+        train_step(trainer, work, 0)
+    return Counted(live.peak, elsewhere.book.peak, sent.bytes)
+
+
+@contextmanager
+def counting(trainer: Trainer, networks: dict[str, Any], batch: Batch, elsewhere: Elsewhere) -> Iterator[LiveBytes]:
+    """Counts the device's bytes of a step that is not the first."""
     gc.collect()
     live = LiveBytes("cpu")
-    live.count(held(trainer, networks, batch))
+    give_what_trains_there(elsewhere, trainer.optimizers, trainer.ema)
+    elsewhere.tell(live)
+    live.count([*held(trainer, networks, batch), *elsewhere.places])
     live.mark()
-    with Sent() as sent, live, seeing_resizes(live):
-        train_step(trainer, work, 0)
-    return live.peak, sent.bytes
+    with live, seeing_resizes(live):
+        yield live
 
 
 def expected(config: Config, bucket: Bucket, sizes: Sizes) -> tuple[Memory, Traffic]:
-    """The forecast of the same step, for CPUs."""
+    """The forecast of the same step, by the rules of CPUs, without what a GPU's allocator and libraries add."""
     training, parallel = config.training, config.parallel
     networks = DryNetworks(config, open_family(config.model), training.precision, rules="cpu")
     assert isinstance(training.batch_size, int)
     share = training.batch_size // sizes.dp
     micro = min(training.micro_batch_size or share, share)
-    checkpointing = training.activation_checkpointing
-    one = networks.run(bucket, 1, checkpointing, None, sizes.sp, sizes.tp)
-    if micro > 1:
-        one = one.at(networks.run(bucket, 2, checkpointing, None, sizes.sp, sizes.tp), micro)
     model = Model(
-        tuple(networks.weights),
+        merged(networks.weights),
         networks.buffers,
         networks.blocks,
         parallel.schedule,
         parallel.stages_per_rank,
-        units=networks.units,
-        unit_of=networks.unit_of,
-        largest_gradient=of_updates(config, networks)[0],
+        parallel.partition,
+        tuple(parallel.split),
+        networks.units,
+        networks.unit_of,
+        parallel.attention == "ring",
+        *of_updates(config, networks),
     )
-    how = Sharding(parallel.zero)  # what is offloaded stays in the same memory here
-    memory = forecast(model, one, sizes, share // micro, how, on_gpu=False)
-    return memory, traffic(model, one, sizes, share // micro, how)
+    laid = Share(training.batch_size, micro, share // micro)
+    workload = Workload(model, passes_of(networks, bucket), lambda _: laid)
+    how = Sharding(parallel.zero)  # what `cpu_offload` moves stays in the same memory here
+    kind = kind_of(training.activation_checkpointing)
+    found = workload.forecast(Candidate(sizes, kind, how, offloading_of(config)), CLUSTER)
+    return replace(found.memory, margin=0.0), found.traffic
 
 
 def cases_of(small: Small, ranks: int) -> list[str]:
@@ -316,9 +360,9 @@ def main(root: Path, cases: list[str]) -> None:
             worlds[sizes] = lay_out(started, sizes)
         world = worlds[sizes]
         of_ranks = world.gather_objects(measured(config_of(small, root / small.id, kind, plan), small.bucket, world))
-        kinds = {kind for _, sent in of_ranks for kind in sent}
-        most = {kind: max(sent[kind] for _, sent in of_ranks) for kind in kinds}
-        found[case] = max(peak for peak, _ in of_ranks), most
+        kinds = {kind for one in of_ranks for kind in one.sent}
+        most = {kind: max(one.sent[kind] for one in of_ranks) for kind in kinds}
+        found[case] = max(one.peak for one in of_ranks), most
         if started.is_main:
             (root / "measured.json").write_text(json.dumps(found))
     stop()

@@ -67,6 +67,8 @@ def test_blocks_that_train() -> None:
     # Of the last block and of the one before it, whose gradients are on their way.
     assert memory.activations + memory.gradients == BLOCKS * 1000 - 1000 + 500 + 2 * 8000
     assert hosted.bytes == BLOCKS * (8000 + 8000 + 16000) and hosted.sent == 3 * BLOCKS * 8000
+    summed = offloaded(model(True), step(8000), Offloading(blocks=BLOCKS), micro_batches=4)
+    assert summed.bytes == hosted.bytes + BLOCKS * 8000  # those of a micro-batch beside their sums
     assert hosted.updated == BLOCKS * (2 * (8000 + 16000) + 8000)
 
 

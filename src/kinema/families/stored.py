@@ -39,6 +39,24 @@ def quantized_bytes(family: Family, part: str, module: nn.Module, dtype: torch.d
     return {layer.weight: stored_bytes(kind, layer.out_features, layer.in_features) for _, _, layer, kind in found}
 
 
+def table_bytes(family: Family, part: str, module: nn.Module, dtype: torch.dtype | None) -> int:
+    """What the tables of levels take of a part that is stored in nf4: each of its layers has one."""
+    from kinema.networks.quantized import TABLE_BYTES, chosen
+
+    if _stored(family, part) not in QUANTIZED:
+        return 0
+    return TABLE_BYTES * sum(kind == "nf4" for *_, kind in chosen(*_layers(family, part, module, dtype)))
+
+
+def quantize_on_paper(family: Family, part: str, module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let a part on the meta device compute as it will once it is loaded, in place: where it is stored in few bits,
+    products make their weights."""
+    from kinema.networks.quantized import quantize
+
+    if _stored(family, part) in QUANTIZED:
+        quantize(*_layers(family, part, module, dtype))
+
+
 def _layers(
     family: Family, part: str, module: nn.Module, dtype: torch.dtype | None
 ) -> tuple[Iterable[nn.Module], Kind, Iterable[str]]:

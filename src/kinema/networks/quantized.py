@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,8 @@ LEVELS = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """Of ``nf4``: means of neighbouring quantiles of the normal distribution, over the largest."""
+TABLE_BYTES = 256 * 2 * 4
+"""Of the levels that each value of a byte stands for."""
 _SENSITIVE = re.compile(r"norm|(^|_)mod$|modulat|adaln|emb", re.IGNORECASE)
 _TOPS = tuple(float(top) for top in (448, 416, 384, 352, 320, 288, 256, 240))
 """The largest number of a row may be any of these in e4m3, up to a power of 2."""
@@ -80,7 +83,7 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        with torch.autocast(kind, enabled=False):
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # which no meta device has
             return _Product.apply(input, self.quantized, self.scale, self.pairs, self.in_features, bias)
 
     def plain(self) -> nn.Linear:
@@ -114,7 +117,9 @@ class _Product(torch.autograd.Function):
 
 
 def encode(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """(quantized, scale) of a matrix [out, in]."""
+    """(quantized, scale) of a matrix [out, in]; on the meta device, what they would be."""
+    if weight.is_meta:
+        return _on_paper(kind, *weight.shape)
     weight = weight.float()
     if kind == "nf4":
         return _four_bits(weight)
@@ -130,22 +135,34 @@ def encode(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def decode(quantized: Tensor, scale: Tensor, pairs: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, width] of what `encode` made."""
+    """The matrix [out, width] of what `encode` made. Nothing of its size in float32 is made, but of `nf4`."""
     if pairs is not None:
         levels = pairs.index_select(0, quantized.flatten().int())
-        blocks = levels.view(*scale.shape, BLOCK) * scale[..., None].float()
+        blocks = levels.view(*scale.shape, BLOCK).mul_(scale[..., None])
         return blocks.flatten(1)[:, :width].to(dtype)
     # Numbers of e4m3 and of 8 bits are numbers of any wider type, so only the product rounds: from fp32, once.
     whole = quantized.to(dtype)
-    return torch.mul(whole, _spread(scale, width), out=torch.empty_like(whole))
+    if scale.shape[1] == 1 or width % BLOCK:
+        return torch.mul(whole, _spread(scale, width), out=torch.empty_like(whole))
+    blocks = whole.view(*scale.shape, BLOCK)
+    return torch.mul(blocks, scale[..., None], out=torch.empty_like(blocks)).flatten(1)
 
 
 def stored_bytes(kind: Kind, rows: int, width: int) -> int:
     """What a matrix takes in this format, its scales too."""
+    return sum(tensor.nbytes for tensor in _on_paper(kind, rows, width))
+
+
+def _on_paper(kind: Kind, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """(quantized, scale) of a matrix [rows, width] without values."""
     blocks = -(-width // BLOCK)
     if kind == "nf4":
-        return rows * blocks * (BLOCK // 2 + 2)
-    return rows * (width + 4 * (blocks if kind.endswith("_block") else 1))
+        shape, stored, scales = (rows, blocks * BLOCK // 2), torch.uint8, (blocks, torch.bfloat16)
+    else:
+        shape, stored = (rows, width), FLOAT8 if kind in ("fp8", "fp8_block") else torch.int8
+        scales = (blocks if kind.endswith("_block") else 1, torch.float32)
+    scale = torch.empty(rows, scales[0], dtype=scales[1], device="meta")
+    return torch.empty(shape, dtype=stored, device="meta"), scale
 
 
 def _largest(weight: Tensor, size: int) -> Tensor:

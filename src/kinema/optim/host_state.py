@@ -151,8 +151,11 @@ def _around(value: Tensor, local: Tensor) -> Tensor:
     return local
 
 
-def at_once(sizes: Iterable[tuple[float, float]]) -> float:
-    """The most bytes of state that a device has, of parameters of so many (bytes, bytes of state)."""
+def at_once(sizes: Iterable[tuple[float, float]], one_by_one: bool = False) -> float:
+    """The most bytes of state that a device has, of parameters of so many (bytes, bytes of state). ``one_by_one``: each
+    parameter takes its step by itself, and nothing comes ahead (`GradientRelease`)."""
+    if one_by_one:
+        return max((state for _, state in sizes), default=0.0)
     parts = [max(state, PART_BYTES * state / size) for size, state in sizes if size]
     return ON_DEVICE * max(parts, default=0.0)
 

@@ -107,8 +107,9 @@ class Workload:
             one = shared_out(self.passes(plan.checkpointing, batch.micro, 1, 1), sizes.sp, sizes.tp)
         else:
             one = self.passes(plan.checkpointing, batch.micro, sizes.sp, sizes.tp)
-        hosted = offloaded(self.model, one, plan.offloading)
-        model, one, count = hosted.model, hosted.one, batch.micro_batches
+        count = batch.micro_batches
+        hosted = offloaded(self.model, one, plan.offloading, count)
+        model, one = hosted.model, hosted.one
         memory = forecast(model, one, sizes, count, plan.sharding, cluster.on_gpu)
         margin = memory.margin + (MARGIN * self.encoders if cluster.on_gpu else 0.0)
         memory = replace(memory, host=memory.host + hosted.bytes, encoders=self.encoders, margin=margin)

@@ -99,16 +99,25 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
         for backward, waiting in waits.items():
             more = waiting + arrives[turn]
             rows += [(level + more, gradients, gathered) for level, gradients, gathered in walks[backward]]
-    activations, gradients, gathered = max(rows, key=lambda row: row[0] + row[2] + (0 if laid.how.offload else row[1]))
-    memory = Memory(
-        sums["bytes"], gradients, sums["state"], sums["average"], activations, gathered
-    )  # fmt: skip
+    # The first row is the update. State that waits on the host is on the device then, and in passes that update.
+    hosted, updating = model.visiting_state is not None and on_gpu, sums["state"]
+    if hosted:
+        updating = min(updating, model.visiting_state or 0.0)
+    passing = 0.0 if hosted and model.largest_gradient is None else updating
+    states = [updating] + [passing] * (len(rows) - 1)
+
+    def there(place: int) -> float:
+        activations, gradients, gathered = rows[place]
+        return activations + gathered + states[place] + (0.0 if laid.how.offload else gradients)
+
+    fullest = max(range(len(rows)), key=there)
+    activations, gradients, gathered = rows[fullest]
+    memory = Memory(sums["bytes"], gradients, states[fullest], sums["average"], activations, gathered)
     if laid.how.offload:
         host = sums["bytes"] + sums["gradient"] + sums["state"] + sums["average"]
         memory = replace(memory, weights=0.0, gradients=0.0, optimizer=0.0, average=0.0, host=host)
-    elif model.visiting_state is not None and on_gpu:
-        here = min(memory.optimizer, model.visiting_state)
-        memory = replace(memory, optimizer=here, host=memory.optimizer)
+    elif hosted:
+        memory = replace(memory, host=sums["state"])
     return replace(memory, weights=memory.weights + model.buffers)
 
 

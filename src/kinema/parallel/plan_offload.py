@@ -23,13 +23,17 @@ class Hosted:
     """By each micro-batch, in both directions."""
     updated: float = 0.0
     """Read and written in an update on the host."""
+    gradients: float = 0.0
+    """Of a micro-batch, among ``bytes``."""
 
 
-def offloaded(model: Model, one: Pass, how: Offloading) -> Hosted:
+def offloaded(model: Model, one: Pass, how: Offloading, micro_batches: int = 1) -> Hosted:
     """A model and a micro-batch through it, with what `[memory]` moves taken off the device."""
     hosted = Hosted(model, one)
     if how.blocks:
         away = _blocks_away(model, how.blocks)
+        if micro_batches > 1:  # gradients of one arrive beside the sums of those before it
+            away = replace(away, bytes=away.bytes + away.gradients)
         hosted = replace(away, one=_with_gradients_sent(one, model, how.blocks) if away.updated else one)
     if how.activations:
         moved = _with_activations_moved(hosted.one)
@@ -56,6 +60,7 @@ def _blocks_away(model: Model, count: int) -> Hosted:
         bytes=sum(weight.bytes + weight.gradient + weight.state + weight.average for weight in away),
         sent=2 * weights + gradients,
         updated=sum(2 * (w.bytes + w.state + w.average) + w.gradient for w in away if w.trains),
+        gradients=gradients,
     )
 
 

@@ -25,7 +25,7 @@ from kinema.errors import UserError
 from kinema.families.base import Family
 from kinema.families.pipeline_plans import pipeline_units
 from kinema.families.sample_shapes import sample_tensors
-from kinema.families.stored import quantized_bytes
+from kinema.families.stored import quantize_on_paper, quantized_bytes, table_bytes
 from kinema.families.tensor_plans import tensor_plan
 from kinema.memory.dry_arithmetic import DryArithmetic, Rules
 from kinema.memory.dry_run import DryRun
@@ -101,10 +101,12 @@ class DryNetworks:
         first = not self.networks
         weights = _weights(network, numbers, config, plan, rounded, takes_part=first)
         self.buffers += sum(buffer.nbytes for buffer in network.buffers())
+        self.buffers += table_bytes(family, part, network, torch_dtype(stored))
         if first:
             self.units = tuple(unit.name for unit in pipeline_units(network, family.blocks(network)))
             self.unit_of = tuple(_unit_of(path, self.units) for path in numbers)
         runs, renamed = shorten(network, family, plan)
+        quantize_on_paper(family, part, network, torch_dtype(stored))
         if config.adapter is not None:
             from kinema.adapters.inject import add_planned, leave_casts_to_autocast
 
@@ -112,7 +114,9 @@ class DryNetworks:
             if torch_dtype(self.precision).itemsize < 4:
                 leave_casts_to_autocast(network, config.adapter)
         self.networks[part] = network.train()
-        self.weights += _travelling(weights, network, runs, list(numbers), torch_dtype(self.precision))
+        if not rounded:  # these are not sharded
+            weights = _travelling(weights, network, runs, list(numbers), torch_dtype(self.precision))
+        self.weights += weights.values()
         if first:
             self.runs, self.blocks, self.lists = runs, len(blocks), lists
 
@@ -225,7 +229,7 @@ def _weights(
 
 def _travelling(
     weights: Mapping[str, Weight], network: nn.Module, runs: list[Run], paths: list[str], compute: torch.dtype
-) -> list[Weight]:
+) -> dict[str, Weight]:
     """The weights, with what FSDP2 gathers in the type of computing and what it leaves whole; ``network`` is
     shortened, ``paths`` are those of the blocks of the whole one."""
     from kinema.parallel.fsdp import short_parameters
@@ -237,15 +241,15 @@ def _travelling(
         if chosen:
             mine = {_plain(name) for name, parameter in block.named_parameters() if parameter in chosen}
             short |= dict.fromkeys(run.numbers, mine)
-    found = []
+    found = {}
     for name, weight in weights.items():
         names = short.get(weight.block)
         if names is None:
-            found.append(weight)
+            found[name] = weight
         elif name.removeprefix(f"{paths[weight.block]}.") in names:
-            found.append(replace(weight, cast=weight.elements * compute.itemsize))
+            found[name] = replace(weight, cast=weight.elements * compute.itemsize)
         else:
-            found.append(replace(weight, stays=True))
+            found[name] = replace(weight, stays=True)
     return found
 
 

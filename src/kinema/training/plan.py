@@ -94,7 +94,7 @@ def prospect(
         parallel.attention == "ring", *of_updates(config, networks),
     )  # fmt: skip
     bucket = heaviest(config, family, sizes)
-    passes, batches = _passes(networks, bucket, text_tokens), _batches(config, family, bucket)
+    passes, batches = passes_of(networks, bucket, text_tokens), _batches(config, family, bucket)
     splits = config.training.micro_batch_size is None and not config.optimizer.gradient_release
     workload = Workload(model, passes, batches, splits=splits, encoders=online_bytes(config, family, precision))
     refusal = _of_updates_and_blocks(config, model.blocks, _refusals(config, family, workload))
@@ -108,7 +108,8 @@ def of_updates(config: Config, networks: DryNetworks) -> tuple[float | None, flo
 
     weights, optimizer = [weight for weight in networks.weights if weight.trains], config.optimizer
     largest = max((weight.gradient for weight in weights), default=0) if optimizer.gradient_release else None
-    visiting = at_once((weight.bytes, weight.state) for weight in weights) if optimizer.state_on_cpu else None
+    sizes = [(weight.bytes, weight.state) for weight in weights]
+    visiting = at_once(sizes, optimizer.gradient_release) if optimizer.state_on_cpu else None
     return largest, visiting
 
 
@@ -259,7 +260,9 @@ def _batches(config: Config, family: Family, bucket: Bucket) -> Callable[[Sizes]
     return lambda sizes: _batch(config, family, bucket, sizes)
 
 
-def _passes(networks: DryNetworks, bucket: Bucket, text_tokens: int | None) -> Callable[[Kind, int, int, int], Pass]:
+def passes_of(
+    networks: DryNetworks, bucket: Bucket, text_tokens: int | None = None
+) -> Callable[[Kind, int, int, int], Pass]:
     """Passes of any number of samples: on the line through those of one and of two."""
 
     @cache
