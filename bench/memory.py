@@ -42,7 +42,7 @@ from kinema.training.dry_step import DryNetworks
 from kinema.training.loop import Trainer, Work, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parallel"))
-from elsewhere import PIECE_BYTES, Elsewhere
+from elsewhere import Elsewhere
 from plan_cases import Small, batch_of, counting, trainer_of, write
 
 from open_sora import fill
@@ -55,6 +55,8 @@ SMALL = Small(
     Bucket(17, 192, 192),
 )
 DEEP = replace(SMALL, network=SMALL.network | {"num_layers": 30})
+PIECE_BYTES = 2**20
+"""What AdamW updates at once, of the small network: as little of it as the usual 64 MB are of a real one."""
 STILL = {"cpu": Bucket(1, 64, 64), "cuda": Bucket(1, 480, 832)}
 """For what is done to weights: few tokens."""
 CLIP = {"cpu": SMALL.bucket, "cuda": Bucket(33, 480, 832)}
@@ -181,7 +183,7 @@ def started(model: dict[str, Any], tables: Tables, bucket: Bucket, device: str, 
     if device != "cpu":
         draw_on(family, device)
     torch.manual_seed(0)
-    elsewhere = Elsewhere()
+    elsewhere = Elsewhere(PIECE_BYTES)
     trainer, networks = trainer_of(config, family, World.alone(device), elsewhere if device == "cpu" else None)
     return Run(trainer, networks, Work(batch_of(family, bucket, samples), samples, None, 0.0), elsewhere)
 

@@ -26,7 +26,7 @@ from kinema.optim.host_state import HostState
 
 SMALLEST = 2**10
 """Bytes from which an activation is moved: as little of a small network's as 1 MiB is of a real one's."""
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**18
 """Weights that are updated at once, and whose state travels together: as little of a small network as the usual 64 MB
 are of a real one."""
 
@@ -37,7 +37,9 @@ class Elsewhere:
     A process has one memory; ``tell`` takes what is the host's out of a count of it. ``book`` counts that instead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part_bytes: int = PIECE_BYTES) -> None:
+        """``part_bytes``: weights whose state travels together."""
+        self.part_bytes = part_bytes
         self.device = torch.device("cpu")
         self.places: list[Tensor] = []
         """On the device, of blocks that travel."""
@@ -125,10 +127,8 @@ def _turning(engine: Elsewhere, number: int, call: Callable[[], Any], inputs: An
     return output
 
 
-def move_state(
-    optimizers: Iterable[torch.optim.Optimizer], engine: Elsewhere, part_bytes: int
-) -> list[torch.optim.Optimizer]:
-    return [HostState(optimizer, engine, part_bytes) for optimizer in optimizers]
+def move_state(optimizers: Iterable[torch.optim.Optimizer], engine: Elsewhere) -> list[torch.optim.Optimizer]:
+    return [HostState(optimizer, engine, engine.part_bytes) for optimizer in optimizers]
 
 
 def give_what_trains_there(engine: Elsewhere, optimizers: Iterable[torch.optim.Optimizer], ema: Ema | None) -> None:

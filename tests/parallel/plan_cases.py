@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from elsewhere import PIECE_BYTES, Elsewhere, give_what_trains_there, move, move_state
+from elsewhere import Elsewhere, give_what_trains_there, move, move_state
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,7 +188,7 @@ def trainer_of(
     optimizers = build_optimizers(parameters, block_matrices(networks, family), config.optimizer)
     if config.optimizer.state_on_cpu:
         there = elsewhere is None
-        optimizers = on_host(optimizers, world.device) if there else move_state(optimizers, elsewhere, PIECE_BYTES)
+        optimizers = on_host(optimizers, world.device) if there else move_state(optimizers, elsewhere)
     if config.optimizer.gradient_release:
         release = GradientRelease(optimizers, hooks=world.size == 1)
     trainer = Trainer(
