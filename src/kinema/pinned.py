@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left, insort
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kinema.errors import UserError
@@ -11,6 +13,31 @@ from kinema.sizes import readable_bytes
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+class Pool:
+    """Memory that is given out, comes back, and is given out again: to make it takes longer than to copy to it.
+
+    ``make`` gives a tensor of so many bytes. Sizes that change from step to step make it grow to the largest of each.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make = make
+        self._idle: list[Tensor] = []
+        """By size."""
+
+    def take(self, size: int) -> Tensor:
+        """So many bytes, which come back when this very tensor is let go of."""
+        place = bisect_left(self._idle, size, key=len)
+        if place < len(self._idle):
+            whole = self._idle.pop(place)
+        else:
+            if self._idle:
+                self._idle.pop()  # the largest, and too small: the new one takes its place
+            whole = self._make(size)
+        given = whole[:size]
+        weakref.finalize(given, insort, self._idle, whole, key=len).atexit = False
+        return given
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Tensor:

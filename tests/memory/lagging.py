@@ -48,6 +48,9 @@ class LaggingCopies:
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
         return _nothing(torch.empty(shape, dtype=dtype))
 
+    def lend(self, size: int) -> Tensor:
+        return self.host((size,), torch.uint8)
+
     def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = _nothing(torch.empty(shape, dtype=dtype))
         size = tensor.nbytes

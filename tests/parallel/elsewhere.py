@@ -76,6 +76,9 @@ class Elsewhere:
         self.give([tensor])
         return tensor
 
+    def lend(self, size: int) -> Tensor:
+        return self.host((size,), torch.uint8)
+
     def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 

@@ -126,7 +126,7 @@ class Group:
 
     def move(self, storage: torch.UntypedStorage, content: Content) -> Moved:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        host = self.engine.host(tuple(source.shape), torch.uint8)
+        host = self.engine.lend(source.numel())
         moved = Moved(host, self.engine.copy(source, host), source)
         self._moved[content] = weakref.ref(moved)
         self._leaving.append(moved)

@@ -217,11 +217,11 @@ class _GoingBack:
                 parameter.grad = None
 
     def leave(self, homes: Iterable[Home]) -> None:
-        """The backward passes of these blocks are over."""
+        """The backward passes of these blocks are over. (Where none of them travels, one of the others is.)"""
+        self._let_go()
         for home in homes:
             if home not in self._computing:
                 continue
-            self._let_go()
             for parameter, earlier in zip(home.parameters, self._computing.pop(home), strict=True):
                 gradient, host, ticket = parameter.grad, None, None
                 if gradient is not None:
@@ -232,7 +232,7 @@ class _GoingBack:
                 self._sent.append((parameter, earlier, host, ticket))
 
     def _let_go(self) -> None:
-        """Let the device go on once the gradients of the block before are copied, and let go of them."""
+        """Let the device go on once the gradients of the last block that travels are copied, and let go of them."""
         for _, ticket in self._leaving:
             self.engine.wait(ticket)
         self._leaving.clear()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kinema.pinned import pinned
+from kinema.pinned import Pool, pinned
 
 Ticket = Any
 """One copy, to be waited for."""
@@ -25,6 +25,10 @@ class CopyEngine(Protocol):
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
         """Memory of the host that copies are fast from and to. ``lasting``: kept for the whole run."""
+
+    def lend(self, size: int) -> Tensor:
+        """So many bytes of such memory, for what comes again at every step: it goes back when the tensor is let go of,
+        which nothing else may share its memory with."""
 
     def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory of the device."""
@@ -52,11 +56,15 @@ class CudaCopies:
         self.device = device
         self._inward = torch.cuda.Stream(device)
         self._outward = torch.cuda.Stream(device)
+        self._pool = Pool(lambda size: pinned((size,), torch.uint8, "memory.offload_activations"))
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
         if not lasting:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         return pinned(shape, dtype, "memory.offload_blocks")
+
+    def lend(self, size: int) -> Tensor:
+        return self._pool.take(size)
 
     def on_device(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

@@ -13,7 +13,7 @@ from typing import cast
 from kinema.config.memory import Checkpointing
 from kinema.parallel.devices import Cluster
 from kinema.parallel.mesh import Sizes
-from kinema.parallel.plan_memory import MARGIN, forecast
+from kinema.parallel.plan_memory import MARGIN, copied, forecast
 from kinema.parallel.plan_model import DEFAULT, NOTHING, Memory, Model, Offloading, Pass, Sharding
 from kinema.parallel.plan_offload import offloaded
 from kinema.parallel.plan_time import MFU, StepTime, Traffic, shared_out, step_time, traffic
@@ -79,7 +79,7 @@ class Forecast:
 
     def fits(self, cluster: Cluster) -> bool:
         """Whether devices have the memory, and their machines that which they lend."""
-        return self.memory.total <= cluster.device.memory and self.memory.host <= cluster.host_memory
+        return self.memory.total <= cluster.device.memory and self.memory.lent <= cluster.host_memory
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Workload:
     """Whether a search may take fewer samples at once than it says, and more micro-batches."""
     encoders: float = 0.0
     """Bytes of the encoders that every device has beside what trains."""
+    copies: bool = False
+    """Whether checkpoints are written from copies in the machine's memory."""
 
     def forecast(
         self, plan: Candidate, cluster: Cluster, mfu: float = MFU, micro: int | None = None, at_best: bool = False
@@ -113,6 +115,8 @@ class Workload:
         memory = forecast(model, one, sizes, count, plan.sharding, cluster.on_gpu)
         margin = memory.margin + (MARGIN * self.encoders if cluster.on_gpu else 0.0)
         memory = replace(memory, host=memory.host + hosted.bytes, encoders=self.encoders, margin=margin)
+        if self.copies and cluster.on_gpu:
+            memory = replace(memory, copies=copied(self.model, sizes, plan.sharding))
         sent = traffic(model, one, sizes, count, plan.sharding)
         sent = replace(sent, host=sent.host + hosted.sent * count)
         time = step_time(model, one, sizes, count, cluster, mfu, plan.sharding, sent, hosted.updated)

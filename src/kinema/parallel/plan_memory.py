@@ -20,6 +20,8 @@ MARGIN = 0.06
 """Share of the whole that an allocator loses to fragments and libraries take as workspace."""
 CONTEXT = 0.7e9
 """Bytes that CUDA and NCCL take for themselves."""
+PINNED = 1.44
+"""torch rounds pieces of pinned memory up to powers of two: 1 / ln 2 times as much, if all sizes are as likely."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,18 @@ def _of_rank(model: Model, one: Pass, laid: Laid, rank: int, on_gpu: bool) -> Me
     activations, gradients, gathered = rows[fullest]
     memory = Memory(sums["bytes"], gradients, states[fullest], sums["average"], activations, gathered)
     if laid.how.offload:
-        host = sums["bytes"] + sums["gradient"] + sums["state"] + sums["average"]
+        pinned = PINNED if on_gpu else 1.0
+        host = pinned * (sums["bytes"] + sums["gradient"]) + sums["state"] + sums["average"]
         memory = replace(memory, weights=0.0, gradients=0.0, optimizer=0.0, average=0.0, host=host)
     elif hosted:
         memory = replace(memory, host=sums["state"])
     return replace(memory, weights=memory.weights + model.buffers)
+
+
+def copied(model: Model, sizes: Sizes, how: Sharding) -> float:
+    """Bytes of what a device with the most of it has in a checkpoint: weights that train, state and averages."""
+    laid = Laid(sizes, how, 1)
+    return max(_standing(model, laid, _blocks_of_rank(model, sizes, rank))["copied"] for rank in range(sizes.pp))
 
 
 def _blocks_of_rank(model: Model, sizes: Sizes, rank: int) -> Stage:
@@ -128,12 +137,14 @@ def _blocks_of_rank(model: Model, sizes: Sizes, rank: int) -> Stage:
 @cache
 def _standing(model: Model, laid: Laid, blocks: Stage) -> dict[str, float]:
     """Bytes on one device of all weights of some blocks and of those outside, and of what belongs to them."""
-    found = dict.fromkeys(("bytes", "gradient", "state", "average"), 0.0)
+    names = ("bytes", "gradient", "state", "average")
+    found = dict.fromkeys((*names, "copied"), 0.0)
     for weight in model.weights:
         if weight.block == OUTSIDE or weight.block in blocks:
             share = local(weight, laid.sizes) if laid.sharded else local(replace(weight, stays=True), laid.sizes)
-            for name in found:
+            for name in names:
                 found[name] += share * getattr(weight, name)
+            found["copied"] += share * (weight.trains * weight.bytes + weight.state + weight.average)
     return found
 
 

@@ -195,11 +195,18 @@ class Memory:
     """Weights of the encoders that stay beside what trains."""
     host: float = 0.0
     """In the machine's own memory, for each of its devices."""
+    copies: float = 0.0
+    """There too: what checkpoints are written from while training goes on."""
 
     @property
     def total(self) -> float:
         """On the device."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.host
+        return sum(getattr(self, field.name) for field in fields(self)) - self.lent
+
+    @property
+    def lent(self) -> float:
+        """In the machine's own memory."""
+        return self.host + self.copies
 
 
 def merged(weights: Iterable[Weight]) -> tuple[Weight, ...]:

@@ -170,8 +170,8 @@ def _in_words(plan: Chosen) -> str:
 def _told(key: str, config: Config, found: Found, cluster: Cluster, seconds: float) -> list[str]:
     best = found.best[0]
     memory = f"{readable_bytes(best.memory.total)} of {readable_bytes(cluster.device.memory)} on a device"
-    if best.memory.host:
-        memory += f", {readable_bytes(best.memory.host)} of its machine's memory"
+    if best.memory.lent:
+        memory += f", {readable_bytes(best.memory.lent)} of its machine's memory"
     lines = [
         f"{key}: {_in_words(_as_changes(config, best))}; forecast: {memory}, about {best.time.total:.2g} s a step, if "
         f"devices compute as docs/scaling.md says ({found.tried} plans looked at in {seconds:.1f} s)."
@@ -192,10 +192,11 @@ def _nothing_fits(key: str, config: Config, cluster: Cluster, found: Found) -> s
         reasons = "".join(f"\n  {what}: {why}" for what, why in found.refused.items())
         return f"{key}: no plan over {cluster.count} processes is possible with what is given:{reasons}"
     needed = f"{readable_bytes(found.smallest.memory.total)} on a device"
-    if found.smallest.memory.host > cluster.host_memory:
+    if found.smallest.memory.lent > cluster.host_memory:
         needed += (
-            f" and {readable_bytes(found.smallest.memory.host)} of its machine's memory, which has "
-            f"{readable_bytes(cluster.host_memory)} free"
+            f" and {readable_bytes(found.smallest.memory.lent)} of its machine's memory, which has "
+            f"{readable_bytes(cluster.host_memory)} free (without checkpoint.asynchronous "
+            f"{readable_bytes(found.smallest.memory.host)})"
         )
     return (
         f"{key}: no plan fits {there}. The smallest, {_in_words(_as_changes(config, found.smallest))}, would need "

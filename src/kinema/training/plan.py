@@ -96,7 +96,14 @@ def prospect(
     bucket = heaviest(config, family, sizes)
     passes, batches = passes_of(networks, bucket, text_tokens), _batches(config, family, bucket)
     splits = config.training.micro_batch_size is None and not config.optimizer.gradient_release
-    workload = Workload(model, passes, batches, splits=splits, encoders=online_bytes(config, family, precision))
+    workload = Workload(
+        model,
+        passes,
+        batches,
+        splits=splits,
+        encoders=online_bytes(config, family, precision),
+        copies=config.checkpoint.asynchronous,
+    )
     refusal = _of_updates_and_blocks(config, model.blocks, _refusals(config, family, workload))
     return Prospect(networks, bucket, precision, workload, refusal)
 

@@ -79,6 +79,8 @@ def _rows(report: Report, plans: list[Forecast]) -> list[tuple[str, list[str]]]:
     rows.append((f"of {capacity / GB:.0f} GB", ["fits" if one.fits(report.cluster) else "TOO MUCH" for one in plans]))
     if any(one.memory.host for one in plans):
         rows.append(("memory of its machine", [_gb(one.memory.host) if one.memory.host else "-" for one in plans]))
+    if any(one.memory.copies for one in plans):
+        rows.append(("checkpoint's copies there", [_gb(one.memory.copies) for one in plans]))
     offloading = [one.plan.offloading for one in plans]
     if any(one.blocks for one in offloading):
         rows.append(("blocks there", [str(one.blocks) for one in offloading]))
