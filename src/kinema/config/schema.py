@@ -180,8 +180,8 @@ class CheckpointConfig(Every):
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints to keep."""
     asynchronous: bool = True
-    """Write while training goes on, from copies in the machine's memory: as much as a checkpoint has, which `kinema plan`
-    counts."""
+    """Write while training goes on, from copies in the machine's memory: as much as a checkpoint has, counted by
+    `kinema plan`."""
 
 
 class ExportConfig(Every):
