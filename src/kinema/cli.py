@@ -49,14 +49,19 @@ def main() -> None:
     debug = len(argv) < len(sys.argv) - 1
     try:
         app(args=argv, prog_name="kinema")
+    except SystemExit as end:  # of typer, for an interrupt too
+        if end.code:
+            _leave(end.code if isinstance(end.code, int) else 1)
+        raise
     except KeyboardInterrupt:
         _leave(130)
-    except Exception as error:
+    except BaseException as error:
         of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         of_user = isinstance(error, UserError) or type(error).__module__.startswith("pydantic")
         if debug or not (of_disk or of_user):
             traceback.print_exc()
             _leave(1)
+        assert isinstance(error, Exception)
         if isinstance(error, OSError):
             error = UserError(DISK_ADVICE.format(where=error.filename or "the disk", reason=error.strerror))
         _say(error)

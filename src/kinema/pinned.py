@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,28 +16,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LARGER = 1.25
+"""How much larger than what is asked for memory may be that is given."""
+
+
 class Pool:
     """Memory that is given out, comes back, and is given out again: to make it takes longer than to copy to it.
 
-    ``make`` gives a tensor of so many bytes. Sizes that change from step to step make it grow to the largest of each.
+    ``make`` gives a tensor of so many bytes; ``settle`` is called before one is given up, which copies may still be
+    under way from. Sizes that change from step to step make it grow to the largest of each.
     """
 
-    def __init__(self, make: Callable[[int], Tensor]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[int], Tensor], settle: Callable[[], None] = lambda: None) -> None:
+        self._make, self._settle = make, settle
         self._idle: list[Tensor] = []
         """By size."""
+        self._back: deque[Tensor] = deque()
+        """Come back since; from a finaliser, which may run at any moment."""
 
     def take(self, size: int) -> Tensor:
         """So many bytes, which come back when this very tensor is let go of."""
+        while self._back:
+            insort(self._idle, self._back.popleft(), key=len)
         place = bisect_left(self._idle, size, key=len)
-        if place < len(self._idle):
+        if place < len(self._idle) and len(self._idle[place]) <= LARGER * size:
             whole = self._idle.pop(place)
         else:
-            if self._idle:
-                self._idle.pop()  # the largest, and too small: the new one takes its place
+            if place:  # the nearest that is too small: the new one takes its place
+                self._settle()
+                del self._idle[place - 1]
             whole = self._make(size)
         given = whole[:size]
-        weakref.finalize(given, insort, self._idle, whole, key=len).atexit = False
+        weakref.finalize(given, self._back.append, whole).atexit = False
         return given
 
 

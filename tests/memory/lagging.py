@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -88,3 +89,17 @@ def _nothing(tensor: Tensor) -> Tensor:
     """Every bit set: NaN in all floating point types."""
     tensor.view(torch.uint8).fill_(255)
     return tensor
+
+
+def late_copies(monkeypatch: pytest.MonkeyPatch) -> list[LaggingCopies]:
+    """Runs on this CPU behave as on a GPU whose copies are late; returns the engines that they make."""
+    made: list[LaggingCopies] = []
+
+    def engine_of(_: torch.device) -> LaggingCopies:
+        made.append(LaggingCopies())
+        return made[-1]
+
+    monkeypatch.setattr("kinema.memory.copy_engine.engine_of", engine_of)
+    monkeypatch.setattr("kinema.memory.activations.SMALLEST", 256)
+    monkeypatch.setattr("kinema.training.train.check_memory", lambda *_: None)
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,9 @@ from kinema.shapes.world import training_clips, write_clips
 from kinema.training.memory_checks import check_memory, settle_offload
 from kinema.training.plan import planning_family, prospect
 from kinema.training.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
+from lagging import late_copies
 
 BLOCKS = 5
 MEMORY = {"memory.offload_blocks": "4", "memory.offload_activations": "true"}
@@ -52,25 +56,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(root: Path, **flags: Any) -> Config:
     return load_config(root / "train.toml", list(flags.items()))
-
-
-def late_copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Runs on this CPU behave as on a GPU whose copies are late; returns the engines that they make."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
-    from lagging import LaggingCopies
-
-    made: list[Any] = []
-
-    def engine_of(_: torch.device) -> LaggingCopies:
-        made.append(LaggingCopies())
-        return made[-1]
-
-    monkeypatch.setattr("kinema.memory.copy_engine.engine_of", engine_of)
-    monkeypatch.setattr("kinema.memory.activations.SMALLEST", 256)
-    monkeypatch.setattr("kinema.training.train.check_memory", lambda *_: None)
-    return made
 
 
 @pytest.mark.parametrize("what", ["full", "lora"])

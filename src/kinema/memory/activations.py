@@ -147,6 +147,7 @@ class Group:
             if moved is not None and moved.device is None:
                 moved.device = self.engine.on_device(tuple(moved.host.shape), torch.uint8)
                 moved.back = self.engine.copy(moved.host, moved.device)
+                weakref.finalize(moved, self.engine.wait, moved.back).atexit = False  # if nobody asks for it
 
 
 @dataclass(eq=False)

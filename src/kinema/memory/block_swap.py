@@ -162,9 +162,9 @@ class BlockSwap:
     def _start(self) -> None:
         """A forward pass begins. Weights that train may have changed since the last."""
         self._in_backward = False
-        self._going_back.forget()
         if self.trains:
             self._let_go()
+            self._going_back.forget()
 
     def _let_go(self) -> None:
         """Nothing on the device."""
@@ -206,8 +206,14 @@ class _GoingBack:
         """Gradients on the device that are copied from."""
 
     def forget(self) -> None:
-        """A forward pass begins: what a pass that did not end has left is of no step."""
+        """Another forward pass begins: what earlier micro-batches have summed is the parameters' again, and what a pass
+        that did not end has left is of no step."""
+        for home, sums in self._computing.items():
+            for parameter, earlier in zip(home.parameters, sums, strict=True):
+                parameter.grad = earlier
         self._computing.clear()
+        self._sent.clear()
+        self._let_go()
 
     def enter(self, home: Home) -> None:
         """A block is on the device: so will its gradients be, and torch wants none elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +44,9 @@ class CopyEngine(Protocol):
         """The host goes on once the copy is done."""
 
 
+@cache
 def engine_of(device: torch.device) -> CopyEngine:
-    """What copies to and from a device. On a CPU there is nothing to copy: its memory is the host's."""
+    """What copies to and from a device, for all networks. A CPU has nothing to copy: its memory is the host's."""
     assert device.type == "cuda", f"copies to {device}"
     return CudaCopies(device)
 
@@ -56,7 +58,10 @@ class CudaCopies:
         self.device = device
         self._inward = torch.cuda.Stream(device)
         self._outward = torch.cuda.Stream(device)
-        self._pool = Pool(lambda size: pinned((size,), torch.uint8, "memory.offload_activations"))
+        self._pool = Pool(
+            lambda size: pinned((size,), torch.uint8, "memory.offload_activations"),
+            lambda: torch.cuda.synchronize(device),
+        )
 
     def host(self, shape: tuple[int, ...], dtype: torch.dtype, lasting: bool = False) -> Tensor:
         if not lasting:

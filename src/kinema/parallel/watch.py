@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -127,6 +128,7 @@ class Watch:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._processes = [Seen(rank) for rank in range(world.size)]
+        self._key = ""
 
     def at(self, phase: str, patient: bool = False) -> None:
         """The main thread has come here. ``patient``: what follows may take as long as it likes."""
@@ -156,7 +158,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.world.size > 1:
-            store = _store()
+            self._key = self.world.broadcast_object(secrets.token_hex(8))  # what an earlier try said does not count
+            store = self._store()
             now = time.monotonic()
             for one in self._processes:
                 one.moved_at = one.lived_at = now
@@ -173,12 +176,13 @@ class Watch:
             # The thread finds out who is gone, says so and ends this process.
             self._thread.join(timeout=LOST_AFTER + HEARD_WITHIN + 5)
         self._done.set()
-        if error is not None and self._thread is not None:
+        if self._thread is None:
+            return
+        self._thread.join(timeout=5)
+        if error is not None:
             self._error = f"{type(error).__name__}: {error}"
             with suppress(Exception):
-                self._tell(_store())  # the others wait for this process, and will hear why it does not come
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+                self._tell(self._store())  # the others wait for this process, and will hear why it does not come
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -255,11 +259,9 @@ class Watch:
         else:
             store.wait([f"heard/{rank}" for rank in range(1, self.world.size)], timedelta(seconds=HEARD_WITHIN))
 
+    def _store(self) -> Store:
+        """A connection of its own to the store of the process group: the main thread's may be waiting in it."""
+        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import _get_default_store
 
-def _store() -> Store:
-    """A connection of its own to the store of the process group: the main thread's may be waiting in it."""
-    from torch.distributed import PrefixStore
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what an earlier try said does not count
-    return PrefixStore(f"kinema/watch/{restarts}", _get_default_store().clone())
+        return PrefixStore(f"kinema/watch/{self._key}", _get_default_store().clone())

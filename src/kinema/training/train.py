@@ -122,6 +122,7 @@ class Run:
                 Requests(self.directory, minutes) as self.requests,
                 self.batches() as batches,
                 telling_when(self.watch.compiles, bool(self.config.training.compile) and self.world.size > 1),
+                self._ending_patiently(),
             ):
                 if trainer.progress.step == 0:
                     self._before_first_step()
@@ -129,6 +130,15 @@ class Run:
             self._finish()
         finally:
             self.close()
+
+    @contextmanager
+    def _ending_patiently(self) -> Iterator[None]:
+        """After an error what is being written is finished before the others hear of it, which may take its time."""
+        try:
+            yield
+        except BaseException as error:
+            self.watch.at(f"the end after {type(error).__name__}", patient=True)
+            raise
 
     def close(self) -> None:
         """Finish what is being written."""
