@@ -69,6 +69,8 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
+    if "torch" not in sys.modules:
+        sys.exit(code)
     from kinema.parallel.mesh import leave
 
     leave(code)

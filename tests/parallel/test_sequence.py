@@ -105,8 +105,10 @@ EXACT = [f"exact:{name}" for name in PARTICULAR]
 ATTENTIONS = [f"attention:{name}" for name in sequence_cases.ATTENTIONS]
 OTHER = "other_kernels:wan-ti2v-5b-i2v"
 SAMPLED = ["sampled:wan-t2v-1.3b", "sampled_in_blocks:wan-t2v-1.3b"]
-TILED = [f"tiles:{name}" for name in ("wan-t2v-1.3b", "hunyuan_video-t2v", "open_sora-v2-dc")]
-"""Tiles of several calls that depend on each other; tiles in time too; an autoencoder of ours."""
+TILED = "tiles:wan-t2v-1.3b"
+"""Tiles of several calls that depend on each other."""
+TILED_TOO = [f"tiles:{name}" for name in ("hunyuan_video-t2v", "open_sora-v2-dc")]
+"""Tiles in time; an autoencoder of ours."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(root: Path) -> Callable[[str], dict[str, Any]]:
-    return launch(root, 2, [*ATTENTIONS, *EXACT, OTHER, *SAMPLED, *TILED, *(plan.name for plan in FEW)])
+    return launch(root, 2, [*ATTENTIONS, *EXACT, OTHER, *SAMPLED, TILED, *(plan.name for plan in FEW)])
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -158,9 +160,15 @@ def assert_tiles_are_shared(result: dict[str, Any], ranks: int) -> None:
     assert len(set(whole)) == 1, "what is no tiles is not shared"
 
 
-@pytest.mark.parametrize("case", TILED)
-def test_tiles_are_shared_out(two: Callable[[str], dict[str, Any]], case: str) -> None:
-    assert_tiles_are_shared(two(case), 2)
+def test_tiles_are_shared_out(two: Callable[[str], dict[str, Any]]) -> None:
+    assert_tiles_are_shared(two(TILED), 2)
+
+
+@pytest.mark.slow
+def test_tiles_of_all_kinds_are_shared_out(root: Path) -> None:
+    result = launch(root, 2, TILED_TOO)
+    for case in TILED_TOO:
+        assert_tiles_are_shared(result(case), 2)
 
 
 # -- the whole matrix ------------------------------------------------------------------------------------------------
