@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from kinema.config.schema import ParallelConfig
 from kinema.errors import UserError
-from kinema.parallel.mesh import Sizes, World, sizes_of, start
+from kinema.parallel.mesh import Sizes, World, _token, sizes_of, start
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,19 @@ def test_one_process_needs_no_group() -> None:
     assert world.gather_objects("x") == ["x"]
     assert world.all_reduce_sum(2.5) == 2.5
     assert world.all_reduce_sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+def test_each_try_has_a_word_of_its_own() -> None:
+    """In a store that knows what the processes of the try before have said, whoever comes first."""
+    store = dist.HashStore()
+    words = []
+    for late in (0, 2):
+
+        def come(rank: int, late: int = late) -> str:
+            time.sleep(0.3 if rank == late else 0)
+            return _token(store, rank, 3)
+
+        with ThreadPoolExecutor(3) as pool:
+            (word,) = set(pool.map(come, range(3)))
+        words.append(word)
+    assert words[0] != words[1]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import sys
+import time
 from dataclasses import astuple, dataclass, fields, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,7 +21,7 @@ from kinema.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(days=1)
@@ -219,8 +221,37 @@ def start(parallel: ParallelConfig, device: str | None = None) -> World:
         import torch.distributed as dist
 
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
+        bound = where if where.type == "cuda" else None
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+            own = dist.PrefixStore(_token(store, rank, size), store)
+            dist.init_process_group(backend, timeout=TIMEOUT, store=own, rank=rank, world_size=size, device_id=bound)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     return lay_out(World(rank, size, local_rank, where), sizes)
+
+
+def _token(store: Store, rank: int, size: int) -> str:
+    """A word that the processes of this try have in common and those of earlier ones had not: torchrun's store outlives
+    a restart, and what a dead process has left there would be taken for its successor's. (The number of restarts is
+    another on each machine once one was replaced.)
+
+    The first process says a new word; the others answer with one of their own each, and take the first's only once it
+    has repeated theirs: who is dead repeats nothing.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("kinema/word", mine)
+        for other in range(1, size):
+            store.set(f"kinema/{mine}/heard/{other}", store.get(f"kinema/{mine}/{other}"))  # waits for it
+        return mine
+    while True:
+        word = store.get("kinema/word").decode()
+        store.set(f"kinema/{word}/{rank}", mine)
+        heard = f"kinema/{word}/heard/{rank}"
+        if store.check([heard]) and store.get(heard).decode() == mine:
+            return word
+        time.sleep(0.05)
 
 
 def lay_out(world: World, sizes: Sizes) -> World:
