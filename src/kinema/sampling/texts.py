@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from kinema.families.base import Family
     from kinema.sampling.pipeline import SampleSettings
 
-Embedding = "Tensor | list[Tensor]"
-"""[1, tokens, channels], with several layers before these, [1, channels], a mask [1, tokens]; or a list of one tensor
-of pipelines that pad no texts."""
 NEGATIVE = "negative_"
 
 
@@ -122,7 +119,8 @@ def _on(device: torch.device | str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined(texts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch of the embeddings of several texts."""
+    """One batch of the embeddings of several texts: [1, tokens, channels], with several layers before these, [1,
+    channels], a mask [1, tokens], or a list of one tensor of pipelines that pad no texts."""
     return {name: _joined([text[name] for text in texts]) for name in texts[0]}
 
 
